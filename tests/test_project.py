@@ -1,0 +1,81 @@
+"""The repository as a whole: exports, README and notebooks are fresh; papermill runs the experiment and refuses what it doesn't know."""
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def command(*args, cwd, **env):
+    return subprocess.run([str(a) for a in args], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=600)
+
+
+def differing(left: Path, right: Path, pattern: str) -> list[str]:
+    names = {p.name for p in left.glob(pattern)} | {p.name for p in right.glob(pattern)}
+    return sorted(n for n in names if not ((left / n).is_file() and (right / n).is_file() and filecmp.cmp(left / n, right / n, shallow=False)))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of the project's sources, exported and cleaned anew."
+    there = tmp_path_factory.mktemp("project")
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "nbs", "dli"):
+        source = ROOT / name
+        shutil.copytree(source, there / name) if source.is_dir() else shutil.copy(source, there / name)
+    command("git", "init", "-q", cwd=there)
+    for tool in ("nbdev_export", "nbdev_clean"):
+        done = command(BIN / tool, cwd=there)
+        assert done.returncode == 0, done.stderr
+    return there
+
+
+def test_exports_are_fresh(copy):
+    assert differing(ROOT / "dli", copy / "dli", "*.py") == [], "run `make prepare` and commit dli/"
+
+
+def test_notebooks_are_clean(copy):
+    assert differing(ROOT / "nbs", copy / "nbs", "*.ipynb") == [], "run `make prepare` and commit nbs/"
+
+
+def test_readme_is_fresh(tmp_path):
+    done = command(BIN / "jupyter", "nbconvert", "--to", "markdown", "--output-dir", tmp_path, "--output", "README", ROOT / "nbs/index.ipynb", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make readme` and commit README.md"
+
+
+def test_parameters_tag_survives_cleaning(copy):
+    cells = json.loads((copy / "nbs/experiments.ipynb").read_text())["cells"]
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+
+
+def papermill(cwd, *parameters):
+    flags = [word for name, value in parameters for word in ("-p", name, value)]
+    return command(BIN / "papermill", ROOT / "nbs/experiments.ipynb", cwd / "out.ipynb", *flags, "-p", "preset", "smoke", "-p", "dataset", "synthetic", cwd=cwd)
+
+
+def test_papermill_leaves_row_curve_and_pictures(tmp_path):
+    done = papermill(tmp_path, ("method", "dli"), ("weights", "None"))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {"row.json", "curve.csv", "curve.png", "predictions.png", "counts.csv", "model.safetensors"} == {p.name for p in folder.iterdir()}
+    row = json.loads((folder / "row.json").read_text())
+    assert row["method"] == "dli" and row["source"] == "synthetic" and row["weights"] is None and row["steps"] == 6
+    assert "SYNTHETIC" in (tmp_path / "out.ipynb").read_text()
+
+
+@pytest.mark.parametrize("name,value,expected", [
+    ("methd", "dli", "unknown parameter methd: the parameters are method, encoder"),
+    ("method", "dly", "method='dly' is not known: choose one of baseline"),
+    ("encoder", "vgg", "encoder='vgg' is not known: choose one of resnet18"),
+])
+def test_papermill_refuses_what_it_does_not_know(tmp_path, name, value, expected):
+    done = papermill(tmp_path, (name, value))
+    assert done.returncode != 0 and expected in done.stderr
+    assert not (tmp_path / "runs").exists()
