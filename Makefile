@@ -45,6 +45,9 @@ prepare: install ## export the notebooks, clean them, render the README: before 
 readme: install
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
 
-docs: install ## the site, in _docs (Quarto users: nbdev_docs builds it from the same files)
-	$(BIN)/nbdev_proc_nbs
+# Quarto names the page of 00_data.ipynb data.html, and so do the links that nbdev makes: name the notebooks so for smalldocs.
+docs: install ## the site, in _docs, with pip alone (where Quarto is installed, nbdev_docs builds it from the same files)
+	$(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(force=True)"
+	cd _proc && sed -i '/output-file: /d' *.ipynb && sed -i 's/[0-9][0-9]_//' sidebar.yml && for page in [0-9][0-9]_*.ipynb; do mv $$page $${page#*_}; done
 	$(BIN)/smalldocs render --strict _proc
+	rm -rf _docs && mv _proc/_docs _docs
