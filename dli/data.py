@@ -12,7 +12,8 @@ __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'O
            'number_tiles', 'suspect_images', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'marks', 'blob',
            'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect',
            'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset',
-           'usable_images', 'assign_folds', 'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
+           'dataset_table', 'usable_images', 'assign_folds', 'check_tiles', 'held_out', 'take_fraction', 'check_split',
+           'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-002
 import hashlib
@@ -98,7 +99,8 @@ class Samples:
     def __getitem__(self, idx) -> "Samples":
         "The images at `idx`: an array of integers or booleans, a slice, or one integer."
         if not isinstance(idx, slice):
-            idx = np.atleast_1d(np.asarray(idx) if len(np.atleast_1d(idx)) else np.zeros(0, int))
+            idx = np.atleast_1d(idx)
+            idx = idx if idx.size else idx.astype(int)
         return Samples(self.images[idx], self.masks[idx], self.table.iloc[idx], self.classes, self.source)
 
     @property
@@ -128,7 +130,7 @@ def show_samples(
     samples: Samples,  # what to draw from
     idx=None,  # which images: integers, booleans or a slice; None = the first twelve
     columns: int = 6,  # pictures in a row
-    size: float = 1.5,  # inches per picture
+    size: float = 1.3,  # inches per picture
     titles: list[str] | None = None,  # one per picture; None = class, tile and exposure
 ) -> Figure:
     "Images with the outlines of their masks."
@@ -136,7 +138,7 @@ def show_samples(
     if titles is None:
         titles = [f"{r['class']} {r['tile']}\nexposure {r['exposure']}" for _, r in chosen.table.iterrows()]
     rows = -(-len(chosen) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.35)), squeeze=False, dpi=80)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * (size + 0.35)), squeeze=False, dpi=72)
     for ax in axes.flat: ax.axis("off")
     for ax, image, mask, title in zip(axes.flat, chosen.images, chosen.masks, titles):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -387,7 +389,7 @@ def fetch_magnetic_tiles() -> Path:  # the cache folder
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DownloadError(
             f"The Magnetic Tiles are not on this machine and could not be downloaded from {MT_URL} ({error}). "
-            f"Try again (what has arrived is kept), or get that zip elsewhere, unpack it, and name the folder that holds MT_Blowhole, "
+            f"Try again (an interrupted download resumes), or get that zip elsewhere, unpack it, and name the folder that holds MT_Blowhole, "
             f"..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to {folder}.") from error
     finally:
         archive.unlink(missing_ok=True)
@@ -436,7 +438,7 @@ def number_tiles(
     tiles[order] = numbers[order][first][np.cumsum(first) - 1]
     return tiles
 
-# %% ../nbs/00_data.ipynb #00-data-074
+# %% ../nbs/00_data.ipynb #00-data-076
 def suspect_images(
     tiles: np.ndarray,  # (N,): tile of each image
     clean: np.ndarray,  # bool (N,): true for defect-free images
@@ -444,7 +446,7 @@ def suspect_images(
     "Clean images of a tile that has a defect in another photograph."
     return clean & np.isin(tiles, np.asarray(tiles)[~clean])
 
-# %% ../nbs/00_data.ipynb #00-data-077
+# %% ../nbs/00_data.ipynb #00-data-079
 def magnetic_tiles(
     root: str | Path | None = None,  # the folder that holds MT_Blowhole ... MT_Uneven; None = DLI_DATA, the cache, a download
     size: int = 256,  # side of the images, pixels
@@ -460,20 +462,20 @@ def magnetic_tiles(
         tile=tiles, suspect=suspect_images(tiles, (index["class"] == FREE).to_numpy()))
     return Samples(*decode_all(folder, index, size, threshold), table[list(TABLE_COLUMNS)], MT_CLASSES, "magnetic-tiles")
 
-# %% ../nbs/00_data.ipynb #00-data-079
+# %% ../nbs/00_data.ipynb #00-data-086
 def streaks(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
 ) -> np.ndarray:  # float32 (side, side), mean 0, deviation 1
     "The texture of a ground surface: vertical streaks."
     total = np.zeros((side, side), np.float32)
-    for weight, wide, long in ((1.0, 0.002, 0.3), (0.6, 0.004, 0.03), (0.7, 0.03, 0.25)):
+    for weight, wide, long in ((1.0, 0.002, 0.3), (0.7, 0.003, 0.015), (1.0, 0.08, 0.4)):
         noise = rng.standard_normal((side, side), np.float32)
         noise = cv2.GaussianBlur(noise, (0, 0), sigmaX=max(wide * side, 0.3), sigmaY=max(long * side, 0.3))
         total += weight * noise / noise.std()
     return (total - total.mean()) / total.std()
 
-# %% ../nbs/00_data.ipynb #00-data-081
+# %% ../nbs/00_data.ipynb #00-data-088
 def clouds(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -484,7 +486,7 @@ def clouds(
     noise = cv2.resize(rng.standard_normal((cells, cells), np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     return (noise - noise.mean()) / noise.std()
 
-# %% ../nbs/00_data.ipynb #00-data-083
+# %% ../nbs/00_data.ipynb #00-data-090
 def edge_shade(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -500,7 +502,7 @@ def edge_shade(
         shade[distance < width] *= 0.25
     return shade
 
-# %% ../nbs/00_data.ipynb #00-data-085
+# %% ../nbs/00_data.ipynb #00-data-092
 def marks(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -515,7 +517,7 @@ def marks(
         shade *= 1 - rng.uniform(0.05, 0.22) * cv2.GaussianBlur(stain.astype(np.float32), (0, 0), 0.008 * side + 0.5)
     return shade
 
-# %% ../nbs/00_data.ipynb #00-data-086
+# %% ../nbs/00_data.ipynb #00-data-093
 def blob(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -530,42 +532,43 @@ def blob(
     points = side * (np.asarray(centre) + radius * np.asarray(radii) * np.stack([np.cos(angle), np.sin(angle)], 1))
     return cv2.fillPoly(np.zeros((side, side), np.uint8), [points.round().astype(np.int32)], 1) > 0
 
-# %% ../nbs/00_data.ipynb #00-data-087
+# %% ../nbs/00_data.ipynb #00-data-094
 def clean_surface(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
 ) -> np.ndarray:  # float32 (side, side), about 0..1
     "A tile without a defect, as the camera would see it at a middling exposure."
-    light = 0.42 + 0.05 * clouds(rng, side, 0.5) + rng.uniform(0.0, 0.12) * np.linspace(-0.5, 0.5, side)[:, None]
-    grain = 1 + rng.uniform(0.07, 0.16) * streaks(rng, side)
+    light = 0.54 + 0.06 * clouds(rng, side, 0.5) + rng.uniform(0.0, 0.12) * np.linspace(-0.5, 0.5, side)[:, None]
+    lines = streaks(rng, side)
+    grain = 1 + rng.uniform(0.05, 0.14) * (lines + 0.4 * np.maximum(lines, 0) ** 2)
     return (light * grain * edge_shade(rng, side) * marks(rng, side)).astype(np.float32)
 
-# %% ../nbs/00_data.ipynb #00-data-090
+# %% ../nbs/00_data.ipynb #00-data-097
 def blowhole(rng, side):
     "A small hole somewhere inside."
-    radius = np.sqrt(np.clip(rng.lognormal(np.log(0.17), 0.65), 0.03, 0.9) / 100 / np.pi)
+    radius = np.sqrt(np.clip(rng.lognormal(np.log(0.15), 0.6), 0.03, 0.9) / 100 / np.pi)
     return blob(rng, side, rng.uniform(0.1, 0.9, 2), radius * rng.uniform(0.75, 1.3, 2), 0.12)
 
-# %% ../nbs/00_data.ipynb #00-data-091
+# %% ../nbs/00_data.ipynb #00-data-098
 def broken_edge(rng, side):
     "A chip out of an edge or a corner."
-    at = [rng.uniform(0.05, 0.95), rng.choice([0.015, 0.985])]
-    if rng.random() < 0.4: at[0] = rng.choice([0.015, 0.985])
-    radius = np.sqrt(2 * np.clip(rng.lognormal(np.log(1.7), 1.15), 0.15, 25) / 100 / np.pi)
+    at = [rng.uniform(0.05, 0.95), rng.choice([0.035, 0.965])]
+    if rng.random() < 0.4: at[0] = rng.choice([0.035, 0.965])
+    radius = np.sqrt(2 * np.clip(rng.lognormal(np.log(2.0), 1.3), 0.15, 35) / 100 / np.pi)
     return blob(rng, side, rng.permutation(at), radius * rng.uniform(0.6, 1.6, 2), 0.3)
 
-# %% ../nbs/00_data.ipynb #00-data-092
+# %% ../nbs/00_data.ipynb #00-data-099
 def crack(rng, side):
     "A thin meandering line along the grinding direction, mostly from an edge."
     steps = 24
-    y = np.linspace(0, rng.uniform(0.15, 0.75), steps)
+    y = np.linspace(0, rng.uniform(0.1, 0.55), steps)
     y = 1 - y if rng.random() < 0.6 else y + rng.uniform(0, 0.2)
     x = rng.uniform(0.15, 0.85) + np.cumsum(rng.normal(rng.normal(0, 0.004), 0.004, steps))
     points = (side * np.stack([x, y], 1)).round().astype(np.int32)
-    width = max(round(rng.uniform(1.0, 4.0) * side / 256), 1)
+    width = max(round(rng.uniform(1.0, 3.2) * side / 256), 1)
     return cv2.polylines(np.zeros((side, side), np.uint8), [points], False, 1, width) > 0
 
-# %% ../nbs/00_data.ipynb #00-data-093
+# %% ../nbs/00_data.ipynb #00-data-100
 def fray(rng, side):
     "A tall region in the middle that the grinding wheel never touched."
     area = 0.005 + 0.48 * rng.beta(0.8, 1.5)
@@ -573,7 +576,7 @@ def fray(rng, side):
     radius = np.sqrt(area / np.pi / tall)
     return blob(rng, side, (rng.uniform(0.35, 0.65), rng.uniform(0.3, 0.7)), (radius, min(radius * tall, 0.6)), 0.08)
 
-# %% ../nbs/00_data.ipynb #00-data-094
+# %% ../nbs/00_data.ipynb #00-data-101
 def uneven(rng, side):
     "A part that was ground differently: a band across the tile, or a patch."
     y, x = np.mgrid[0:side, 0:side] / side
@@ -585,10 +588,10 @@ def uneven(rng, side):
     wide, high = rng.uniform(0.2, 0.7), rng.uniform(0.12, 0.5)
     return (x > left) & (x < left + wide) & (y > top + wave) & (y < top + high + wave)
 
-# %% ../nbs/00_data.ipynb #00-data-095
+# %% ../nbs/00_data.ipynb #00-data-102
 SHAPES = dict(zip(MT_CLASSES, (blowhole, broken_edge, crack, fray, uneven)))
 
-# %% ../nbs/00_data.ipynb #00-data-097
+# %% ../nbs/00_data.ipynb #00-data-104
 def defect_look(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`
@@ -603,7 +606,7 @@ def defect_look(
     smooth = cv2.GaussianBlur(surface, (0, 0), 0.06 * side)
     return smooth * rng.choice([rng.uniform(0.7, 0.88), rng.uniform(1.12, 1.3)]) * (1 + rng.uniform(0.05, 0.2) * streaks(rng, side))
 
-# %% ../nbs/00_data.ipynb #00-data-098
+# %% ../nbs/00_data.ipynb #00-data-105
 def add_defect(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`
@@ -615,7 +618,7 @@ def add_defect(
     alpha = np.where(mask, np.clip(1.6 * soft, 0.5, 1), 0).astype(np.float32)
     return surface + alpha * (defect_look(rng, kind, surface) - surface), mask
 
-# %% ../nbs/00_data.ipynb #00-data-101
+# %% ../nbs/00_data.ipynb #00-data-108
 def photograph(
     rng: np.random.Generator,  # consumed
     surface: np.ndarray,  # float32 (side, side)
@@ -626,16 +629,16 @@ def photograph(
     "One photograph of a tile."
     top, left = rng.integers(0, len(surface) - size + 1, 2)
     crop = slice(top, top + size), slice(left, left + size)
-    image = surface[crop] * (0.6 + 0.14 * exposure) * 255 + rng.normal(0, 4, (size, size))
+    image = surface[crop] * (0.4 + 0.17 * exposure) * 255 + rng.normal(0, 4, (size, size))
     return np.clip(image, 0, 255).astype(np.uint8), mask[crop].astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #00-data-103
+# %% ../nbs/00_data.ipynb #00-data-110
 REAL_COUNTS = {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103, FREE: 952}
 FOLDS = 5
 LEAST_PER_CLASS = 2 * FOLDS
 LEAST_SYNTHETIC = LEAST_PER_CLASS * len(REAL_COUNTS)
 
-# %% ../nbs/00_data.ipynb #00-data-104
+# %% ../nbs/00_data.ipynb #00-data-111
 def synthetic_counts(
     n: int,  # images, at least `LEAST_SYNTHETIC`
 ) -> dict[str, int]:  # class -> images, adding up to n
@@ -647,7 +650,7 @@ def synthetic_counts(
     if (free := n - sum(counts.values())) >= LEAST_PER_CLASS: return counts | {FREE: free}
     return dict.fromkeys(MT_CLASSES, LEAST_PER_CLASS) | {FREE: n - LEAST_PER_CLASS * len(MT_CLASSES)}
 
-# %% ../nbs/00_data.ipynb #00-data-106
+# %% ../nbs/00_data.ipynb #00-data-113
 def exposures_per_tile(
     n: int,  # photographs of one class
 ) -> list[int]:  # photographs of each tile, at most six
@@ -655,7 +658,7 @@ def exposures_per_tile(
     tiles = max(-(-n // 6), FOLDS)
     return [n // tiles + (i < n % tiles) for i in range(tiles)]
 
-# %% ../nbs/00_data.ipynb #00-data-108
+# %% ../nbs/00_data.ipynb #00-data-115
 def photograph_tile(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`, or "Free"
@@ -671,7 +674,7 @@ def photograph_tile(
     exposures = sorted(rng.permutation(6)[:count] + 1)
     return [(*photograph(rng, surface, mask, e, size), int(e)) for e in exposures]
 
-# %% ../nbs/00_data.ipynb #00-data-109
+# %% ../nbs/00_data.ipynb #00-data-116
 def synthetic_tiles(
     n: int = 336,  # images, at least `LEAST_SYNTHETIC` (60); the default is a quarter of the real dataset
     size: int = 256,  # side of the images, pixels, at least 32
@@ -689,10 +692,10 @@ def synthetic_tiles(
     images, masks = map(np.stack, zip(*photos))
     return Samples(images, masks, pd.DataFrame(rows, columns=list(TABLE_COLUMNS)), MT_CLASSES, "synthetic")
 
-# %% ../nbs/00_data.ipynb #00-data-111
+# %% ../nbs/00_data.ipynb #00-data-121
 DATASETS = ("auto", "magnetic-tiles", "synthetic")
 
-# %% ../nbs/00_data.ipynb #00-data-112
+# %% ../nbs/00_data.ipynb #00-data-122
 def load_dataset(
     name: str = "auto",  # one of `DATASETS`
     size: int = 256,  # side of the images, pixels
@@ -709,10 +712,24 @@ def load_dataset(
     print(message)
     return synthetic_tiles(size=size)
 
-# %% ../nbs/00_data.ipynb #00-data-115
+# %% ../nbs/00_data.ipynb #00-data-126
+def dataset_table(
+    samples: Samples,  # any
+) -> pd.DataFrame:  # a row per class: images, tiles, empty masks, defect area % (mean, population deviation)
+    "The paper's dataset table (Sec. 4.1), with the number of tiles and of defective images without a defect pixel."
+    area = 100 * (samples.masks > 0).mean(axis=(1, 2))
+    rows = {}
+    for name in (FREE, *samples.classes):
+        own = (samples.table["class"] == name).to_numpy()
+        rows[name] = dict(images=own.sum(), tiles=samples.table["tile"][own].nunique())
+        if name != FREE and own.any():
+            rows[name] |= dict(empty=(area[own] == 0).sum(), area=area[own].mean(), deviation=area[own].std())
+    return pd.DataFrame(rows).T
+
+# %% ../nbs/00_data.ipynb #00-data-136
 PROTOCOLS = ("tile", "image")
 
-# %% ../nbs/00_data.ipynb #00-data-117
+# %% ../nbs/00_data.ipynb #00-data-138
 def usable_images(
     samples: Samples,  # any
 ) -> np.ndarray:  # bool (N,)
@@ -720,7 +737,7 @@ def usable_images(
     empty = ~samples.masks.any(axis=(1, 2))
     return ~samples.table["suspect"].to_numpy(bool) & (samples.clean | ~empty)
 
-# %% ../nbs/00_data.ipynb #00-data-119
+# %% ../nbs/00_data.ipynb #00-data-140
 def assign_folds(
     labels: np.ndarray,  # int (N,): class, which is stratified
     groups: np.ndarray,  # (N,): images of one group get one fold
@@ -732,7 +749,7 @@ def assign_folds(
     for fold, (_, held_out) in enumerate(splitter.split(labels, labels, groups)): folds[held_out] = fold
     return folds
 
-# %% ../nbs/00_data.ipynb #00-data-121
+# %% ../nbs/00_data.ipynb #00-data-142
 def check_tiles(
     samples: Samples,  # the usable ones
 ) -> None:
@@ -741,7 +758,7 @@ def check_tiles(
     few = {c: k for c, k in counts.items() if k < FOLDS and not (c == FREE and k == 0)}
     if few: raise ValueError(f"{FOLDS} folds need at least {FOLDS} tiles of each class with a mask that is not empty, got {few}")
 
-# %% ../nbs/00_data.ipynb #00-data-122
+# %% ../nbs/00_data.ipynb #00-data-143
 def held_out(
     samples: Samples,  # the usable ones
     protocol: str,  # one of `PROTOCOLS`
@@ -756,7 +773,7 @@ def held_out(
         folds[defective] = assign_folds(labels[defective], np.arange(defective.sum()), partition)
     return folds == fold
 
-# %% ../nbs/00_data.ipynb #00-data-124
+# %% ../nbs/00_data.ipynb #00-data-145
 def take_fraction(
     labels: np.ndarray,  # int (N,): class of each image
     groups: np.ndarray,  # (N,): kept or left as a whole
@@ -769,14 +786,18 @@ def take_fraction(
             for own in [order[np.isin(order, groups[labels == k])]]]
     return np.isin(groups, np.concatenate(keep))
 
-# %% ../nbs/00_data.ipynb #00-data-126
-def check_split(protocol: str, seed: int, fraction: float) -> None:
+# %% ../nbs/00_data.ipynb #00-data-147
+def check_split(
+    protocol: str,  # one of `PROTOCOLS`
+    seed: int,  # >= 0
+    fraction: float,  # (0, 1]
+) -> None:
     "Raise a ValueError that says what was expected."
     if protocol not in PROTOCOLS: raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
     if seed < 0: raise ValueError(f"expected seed >= 0, got {seed}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
 
-# %% ../nbs/00_data.ipynb #00-data-127
+# %% ../nbs/00_data.ipynb #00-data-149
 def split_samples(
     samples: Samples,  # all of them
     protocol: str = "tile",  # "tile": photographs of a tile stay together; "image": the paper's random split
