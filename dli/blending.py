@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POISSON_DTYPES', 'check_blend', 'cut_paste', 'guidance', 'net_rise', 'sum_neighbours', 'laplace_matrix',
-           'solve_region', 'bounding_box', 'keep_range', 'to_float64', 'check_poisson', 'poisson_blend', 'grow_mask']
+           'solve_region', 'bounding_box', 'keep_range', 'to_float64', 'check_poisson', 'poisson_blend', 'grow_mask',
+           'solve_sine', 'poisson_blend_image']
 
 # %% ../nbs/01_blending.ipynb #01-blending-002
 import numpy as np
@@ -160,3 +161,30 @@ def grow_mask(
     "Dilate by a square of 2 * margin + 1 pixels a side."
     if margin < 0: raise ValueError(f"margin: expected 0 or more pixels, got {margin}")
     return torch.nn.functional.max_pool2d(mask[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
+
+# %% ../nbs/01_blending.ipynb #01-blending-061
+def solve_sine(
+    right: np.ndarray,  # float64 (C, h, w), not empty
+) -> np.ndarray:  # float64 (C, h, w)
+    "Solve 4 u - (sum of neighbours) = right on a rectangle, with u = 0 around it."
+    k, l = (2 - 2 * np.cos(np.pi * np.arange(1, n + 1) / (n + 1)) for n in right.shape[1:])
+    return idstn(dstn(right, type=1, axes=(1, 2)) / (k[:, None] + l), type=1, axes=(1, 2))
+
+# %% ../nbs/01_blending.ipynb #01-blending-064
+def poisson_blend_image(
+    dst: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64, the target; any device
+    src: torch.Tensor,  # like dst, the source
+    mask: torch.Tensor,  # bool (B, H, W): where the source guides; the authors dilate the defect by 5x5 first: `grow_mask(mask, 2)`
+    mix_gradients: bool = True,  # per edge the stronger gradient of source and target, rather than the source's
+) -> torch.Tensor:  # new, like dst; pixels outside the mask change too, but for the image's border
+    "The authors' seamless cloning. Clamped and rounded like `poisson_blend`; raises what that raises."
+    check_poisson(dst, src, mask)
+    out = dst.clone()
+    for i, region in enumerate(mask.cpu().numpy()):
+        if not region.any() or min(region.shape) < 3: continue
+        target, source = to_float64(dst[i]), to_float64(src[i])
+        steps = zip(guidance(target, source, mix_gradients), guidance(target, target, False), (region[:-1], region[:, :-1]))
+        excess = net_rise([inside * (v - t) for v, t, inside in steps])
+        target[:, 1:-1, 1:-1] += solve_sine(excess[:, 1:-1, 1:-1])
+        out[i] = keep_range(target, dst.dtype, to_float64(dst[i]), source)
+    return out
