@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'Encoder', 'network', 'count_parameters', 'truncate', 'read_weights', 'package_weights',
-           'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'find_weights',
-           'lightweight_unet']
+           'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'PassOn',
+           'end_at_half_size', 'find_weights', 'lightweight_unet']
 
 # %% ../nbs/04_models.ipynb #04-models-002
 import pickle
@@ -152,6 +152,20 @@ def make_grey(
             module.weight, module.in_channels = nn.Parameter(module.weight.detach().sum(1, keepdim=True)), 1
 
 # %% ../nbs/04_models.ipynb #04-models-035
+class PassOn(nn.Module):
+    "Stands where a decoder stage was, and hands on what it is given."
+    def forward(self, x: torch.Tensor, *_, **__) -> torch.Tensor: return x
+
+# %% ../nbs/04_models.ipynb #04-models-036
+def end_at_half_size(
+    model: smp.Unet,  # with a decoder of three stages; altered
+) -> None:
+    "Replace the decoder's last stage and the head by a sub-pixel head, for images of even height and width."
+    features, classes = model.decoder.blocks[-2].conv2[0].out_channels, model.segmentation_head[0].out_channels
+    model.decoder.blocks[-1] = PassOn()
+    model.segmentation_head = nn.Sequential(nn.Conv2d(features, 4 * classes, 3, padding=1), nn.PixelShuffle(2))
+
+# %% ../nbs/04_models.ipynb #04-models-038
 def find_weights(
     encoder: str,  # a key of `ENCODERS`
     weights: str | Path,  # "imagenet" or a path
@@ -160,20 +174,22 @@ def find_weights(
     if weights != "imagenet": return read_weights(weights)
     return hub_weights(encoder) if ENCODERS[encoder].hub else package_weights()
 
-# %% ../nbs/04_models.ipynb #04-models-036
+# %% ../nbs/04_models.ipynb #04-models-039
 def lightweight_unet(
     encoder: str = "resnet18",  # a key of `ENCODERS`
     classes: int = 5,  # K defect classes: output channels
     weights: str | Path | None = "imagenet",  # "imagenet", None (random), or the path of an encoder's state dictionary
     channels: int = 3,  # of the input: 3, or 1 for grey images
-    decoder_channels: tuple[int, int, int] = (128, 64, 32),  # at the strides 4, 2 and 1
+    decoder_channels: tuple[int, ...] = (128, 64, 32),  # at the strides 4, 2 and 1; two numbers: see `end_at_half_size`
 ) -> smp.Unet:  # (B, channels, H, W) -> logits (B, classes, H, W)
     "A U-Net whose encoder ends after the second of four stages (Sec. 4.2). Raises ValueError, FileNotFoundError, `WeightsUnavailable`."
     if encoder not in ENCODERS: raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {encoder!r}")
     if channels not in (1, 3): raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
-    entry = ENCODERS[encoder]
-    model = smp.Unet(entry.smp_name, encoder_depth=3, encoder_weights=None, decoder_channels=decoder_channels, classes=classes)
+    if len(decoder_channels) not in (2, 3): raise ValueError(f"decoder_channels: expected three numbers, or two, got {decoder_channels}")
+    entry, stages = ENCODERS[encoder], (*decoder_channels, decoder_channels[-1])[:3]
+    model = smp.Unet(entry.smp_name, encoder_depth=3, encoder_weights=None, decoder_channels=stages, classes=classes)
     truncate(model.encoder, entry.removed)
+    if len(decoder_channels) == 2: end_at_half_size(model)
     if weights is not None: load_weights(model.encoder, find_weights(encoder, weights), entry.removed, f"{weights}, for {encoder},")
     if channels == 1: make_grey(model.encoder)
     return model

@@ -533,7 +533,7 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
     index = median_images(counts, samples.classes) + list(np.flatnonzero(samples.clean)[:1])
     images, masks = as_batch(samples, index, next(model.parameters()).device)
     found = (predict(model, images, dtype) > 0).cpu()
-    figure, axes = plt.subplots(2, len(index), figsize=(1.8 * len(index), 3.9), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, len(index), figsize=(1.5 * len(index), 3.4), dpi=80, layout="constrained", squeeze=False)
     for column, (i, mask, regions) in enumerate(zip(index, masks.cpu(), found)):
         truth = [mask == k + 1 for k in range(len(samples.classes))]
         for ax, layers in zip(axes[:, column], (truth, regions)):
