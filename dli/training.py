@@ -24,6 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from safetensors.torch import load_file, save_file
 from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
@@ -511,7 +513,7 @@ def plot_curve(curve: pd.DataFrame, classes: tuple[str, ...]):
     "Training loss, and validation IoU per class with its mean in black, over the steps. Returns the figure."
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     left.plot(curve["step"], curve["loss"], "k.-"); left.set(xlabel="step", ylabel="training loss")
-    for c in classes: right.plot(curve["step"], curve[f"iou_{c}"].astype(float), ".-", label=c, alpha=0.7)
+    for k, c in enumerate(classes): right.plot(curve["step"], curve[f"iou_{c}"].astype(float), ".-", color=f"C{k + 1}", label=c, alpha=0.7)
     right.plot(curve["step"], curve["iou_macro"].astype(float), "k.-", label="mean", linewidth=2)
     right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1)); right.legend(fontsize=8, ncol=2)
     return figure
@@ -539,12 +541,11 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
         for ax, layers in zip(axes[:, column], (truth, regions)):
             ax.imshow(samples.images[i], cmap="gray", vmin=0, vmax=255); ax.set_axis_off()
             for k, layer in enumerate(layers):
-                if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=_colour(k), alpha=0.55, interpolation="nearest")
+                if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=ListedColormap([f"C{k + 1}"]), alpha=0.55, interpolation="nearest")
         axes[0, column].set_title(f"{samples.table['class'][i]}\n{samples.table['name'][i]}", fontsize=7)
-    figure.suptitle("truth above, prediction below: " + ", ".join(f"{c}" for c in samples.classes), fontsize=8)
+    handles = [Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(samples.classes)]
+    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below", title_fontsize=7)
     return figure
-
-def _colour(k): return plt.matplotlib.colors.ListedColormap([plt.get_cmap("tab10")(k)])
 
 # %% ../nbs/06_training.ipynb #06-training-097
 def notebook_config(namespace: dict) -> RunConfig:
