@@ -5,6 +5,7 @@ PRESET ?= quick
 SEED ?= 0
 NAME ?= $(METHOD)-$(PRESET)-$(SEED)
 BIN := .venv/bin
+README ?= README.md
 
 # The real dataset, where a copy lies beside this repository; elsewhere DLI_DATA, the cache, or a download.
 ifneq ($(wildcard ../shared/magnetic-tile),)
@@ -42,8 +43,8 @@ prepare: install ## export the notebooks, clean them, render the README: before 
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
 
-readme: install
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+readme: # README.md from nbs/index.ipynb, its code marked as Python
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' > $(README)
 
 # Quarto names the page of 00_data.ipynb data.html, and so do the links that nbdev makes: name the notebooks so for smalldocs.
 docs: install ## the site, in _docs, with pip alone (where Quarto is installed, nbdev_docs builds it from the same files)
