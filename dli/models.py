@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'Encoder', 'network', 'count_parameters', 'truncate', 'read_weights', 'package_weights',
            'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'PassOn',
-           'end_at_half_size', 'find_weights', 'lightweight_unet']
+           'end_at_half_size', 'SubPixel', 'find_weights', 'lightweight_unet']
 
 # %% ../nbs/04_models.ipynb #04-models-002
 import pickle
@@ -166,6 +166,29 @@ def end_at_half_size(
     model.segmentation_head = nn.Sequential(nn.Conv2d(features, 4 * classes, 3, padding=1), nn.PixelShuffle(2))
 
 # %% ../nbs/04_models.ipynb #04-models-038
+class SubPixel(nn.Module):
+    "The last decoder stage and the head in one: features at half size -> logits at full size."
+    def __init__(
+        self,
+        features: int,  # channels in
+        classes: int,  # channels out
+    ):
+        super().__init__()
+        self.convolution, self.shuffle = nn.Conv2d(features, 4 * classes, 3, padding=1), nn.PixelShuffle(2)
+
+    def forward(self, x: torch.Tensor, height: int, width: int, skip_connection: None = None) -> torch.Tensor:
+        "(B, features, h, w) -> (B, classes, height, width); of an odd size, the last row or column is cut off."
+        return self.shuffle(self.convolution(x))[..., :height, :width]
+
+# %% ../nbs/04_models.ipynb #04-models-039
+def end_at_half_size(
+    model: smp.Unet,  # altered
+) -> None:
+    "Put a `SubPixel` in the place of the decoder's last stage and the head."
+    features, classes = model.decoder.blocks[-2].conv2[0].out_channels, model.segmentation_head[0].out_channels
+    model.decoder.blocks[-1], model.segmentation_head = SubPixel(features, classes), nn.Identity()
+
+# %% ../nbs/04_models.ipynb #04-models-043
 def find_weights(
     encoder: str,  # a key of `ENCODERS`
     weights: str | Path,  # "imagenet" or a path
@@ -174,7 +197,7 @@ def find_weights(
     if weights != "imagenet": return read_weights(weights)
     return hub_weights(encoder) if ENCODERS[encoder].hub else package_weights()
 
-# %% ../nbs/04_models.ipynb #04-models-039
+# %% ../nbs/04_models.ipynb #04-models-044
 def lightweight_unet(
     encoder: str = "resnet18",  # a key of `ENCODERS`
     classes: int = 5,  # K defect classes: output channels

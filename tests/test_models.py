@@ -77,11 +77,18 @@ def test_grey_equals_three_equal_channels(name):
     with pytest.raises(RuntimeError, match="channels"): grey(X)
 
 
-@given(st.integers(17, 90), st.integers(17, 90), st.integers(1, 7))
-@settings(max_examples=10, deadline=None)
-def test_any_size_and_number_of_classes(height, width, classes):
-    model = lightweight_unet("efficientnet_lite0", classes=classes, weights=None, channels=1, decoder_channels=(16, 8, 8)).eval()
+@given(st.integers(17, 90), st.integers(17, 90), st.integers(1, 7), st.sampled_from([(16, 8, 8), (16, 8)]))
+@settings(max_examples=12, deadline=None)
+def test_any_size_and_number_of_classes(height, width, classes, decoder):
+    model = lightweight_unet("efficientnet_lite0", classes=classes, weights=None, channels=1, decoder_channels=decoder).eval()
     assert model(torch.rand(1, 1, height, width)).shape == (1, classes, height, width)
+
+
+def test_a_sub_pixel_end_has_no_stage_at_full_size():
+    model, sizes = lightweight_unet("resnet18", weights=None, decoder_channels=(16, 8)).eval(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d): module.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1]))
+    assert model(X).shape == (2, 5, 64, 64) and max(sizes) == 32
 
 
 def test_same_seed_same_network():
@@ -92,7 +99,7 @@ def test_same_seed_same_network():
 @pytest.mark.parametrize("kwargs, words", [(dict(encoder="resnet50"), "resnet18, resnest50d, mobileone_s1, efficientnet_lite0.*'resnet50'"),
                                            (dict(channels=4), "1 .grey. or 3 .RGB., got 4"),
                                            (dict(weights="imagenet22k"), "'imagenet', None, or the path"),
-                                           (dict(decoder_channels=(8, 8)), "decoder_channels")])
+                                           (dict(decoder_channels=(8,)), "three numbers, or two, got .8,.")])
 def test_wrong_arguments(kwargs, words):
     with pytest.raises(ValueError, match=words): lightweight_unet(**{"weights": None} | kwargs)
 
