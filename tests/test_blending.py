@@ -1,0 +1,271 @@
+"Poisson blending against an independent dense solution, and the properties that every blend must have."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy import ndimage
+
+from dli.blending import cut_paste, grow_mask, poisson_blend, poisson_blend_image
+
+NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+properties = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def blends(draw, least=1, most=9):
+    "dst, src (B, C, H, W) in 0..1 and masks (B, H, W): random pixels, rectangles at any place, empty or full ones."
+    b, c = draw(st.integers(1, 3)), draw(st.sampled_from((1, 3)))
+    h, w = draw(st.integers(least, most)), draw(st.integers(least, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mask = np.zeros((b, h, w), bool)
+    for one in mask:
+        y, x = sorted(rng.integers(0, h + 1, 2)), sorted(rng.integers(0, w + 1, 2))
+        kind = draw(st.sampled_from(("rectangle", "pixels", "both", "empty", "full")))
+        if kind in ("rectangle", "both"): one[slice(*y), slice(*x)] = True
+        if kind in ("pixels", "both"): one |= rng.random((h, w)) < 0.4
+        if kind == "full": one[:] = True
+    return *(torch.from_numpy(rng.random((b, c, h, w))) for _ in range(2)), torch.from_numpy(mask)
+
+
+def dense_blend(dst, src, mask, mix):
+    "Pixel by pixel, edge by edge, with a dense least-squares solution: one channel (H, W), unclamped."
+    h, w = dst.shape
+    pixels = [tuple(p) for p in np.argwhere(mask)]
+    number = {p: n for n, p in enumerate(pixels)}
+    a, b = np.zeros((len(pixels), len(pixels))), np.zeros(len(pixels))
+    for p, n in number.items():
+        for q in ((p[0] + dy, p[1] + dx) for dy, dx in NEIGHBOURS):
+            if not (0 <= q[0] < h and 0 <= q[1] < w): continue
+            steps = [src[p] - src[q]] + [dst[p] - dst[q]] * mix
+            a[n, n] += 1
+            b[n] += max(steps, key=abs)
+            if q in number: a[n, number[q]] -= 1
+            else: b[n] += dst[q]
+    out = dst.copy()
+    if pixels: out[mask] = np.linalg.lstsq(a, b, rcond=1e-12)[0]
+    if mask.all(): out += dst.mean() - out.mean()
+    return out
+
+
+@properties
+@given(blends(), st.booleans())
+def test_equals_dense_solution(case, mix):
+    dst, src, mask = case
+    out = poisson_blend(dst, src, mask, mix)
+    for i, c in np.ndindex(*dst.shape[:2]):
+        expected = dense_blend(dst[i, c].numpy(), src[i, c].numpy(), mask[i].numpy(), mix)
+        np.testing.assert_allclose(out[i, c], expected.clip(0, 1), atol=1e-9)
+
+
+@properties
+@given(blends(), st.booleans(), st.sampled_from((torch.uint8, torch.float32, torch.float64)))
+def test_outside_unchanged_inputs_unchanged(case, mix, dtype):
+    mask = case[2]
+    dst, src = ((x * 255).to(dtype) for x in case[:2])
+    kept = dst.clone(), src.clone(), mask.clone()
+    for out in (poisson_blend(dst, src, mask, mix), cut_paste(dst, src, mask), poisson_blend_image(dst, src, mask)):
+        assert out.dtype == dtype and out.shape == dst.shape and out.data_ptr() != dst.data_ptr()
+        assert out[~mask.any(2).any(1)].equal(dst[~mask.any(2).any(1)]), "an empty mask changes nothing"
+    outside = (~mask)[:, None].expand_as(dst)
+    for out in (poisson_blend(dst, src, mask, mix), cut_paste(dst, src, mask)):
+        assert torch.equal(out[outside], dst[outside])
+    assert all(torch.equal(a, b) for a, b in zip((dst, src, mask), kept))
+
+
+@properties
+@given(blends())
+def test_cut_paste_is_the_source_inside(case):
+    dst, src, mask = case
+    inside = mask[:, None].expand_as(dst)
+    assert torch.equal(cut_paste(dst, src, mask)[inside], src[inside])
+
+
+@properties
+@given(blends(least=2), st.floats(0, 1))
+def test_zero_guidance_is_harmonic_within_its_boundary(case, level):
+    dst, _, mask = case
+    out = poisson_blend(dst, torch.full_like(dst, level), mask)
+    for image, filled, region in zip(dst.numpy(), out.numpy(), mask.numpy()):
+        parts, n = ndimage.label(region)
+        for part in (parts == k for k in range(1, n + 1)):
+            boundary = image[:, ndimage.binary_dilation(part) & ~region]
+            if not boundary.size: continue
+            for values, around in zip(filled[:, part], boundary):
+                assert around.min() - 1e-9 <= values.min() and values.max() <= around.max() + 1e-9
+
+
+@properties
+@given(blends(least=2), st.booleans())
+def test_blending_with_itself_changes_nothing(case, mix):
+    dst, _, mask = case
+    torch.testing.assert_close(poisson_blend(dst, dst, mask, mix), dst, atol=1e-9, rtol=0)
+    torch.testing.assert_close(poisson_blend_image(dst, dst, mask, mix), dst, atol=1e-9, rtol=0)
+
+
+@properties
+@given(blends(least=2))
+def test_mixed_with_a_flat_source_is_the_target(case):
+    dst, src, mask = case
+    torch.testing.assert_close(poisson_blend(dst, torch.zeros_like(src), mask, True), dst, atol=1e-9, rtol=0)
+
+
+@properties
+@given(blends(), st.floats(-0.3, 0.3))
+def test_level_of_the_source_does_not_matter(case, level):
+    dst, src, mask = case
+    torch.testing.assert_close(poisson_blend(dst, src * 0.5 + 0.3 + level / 2, mask), poisson_blend(dst, src * 0.5, mask), atol=1e-9, rtol=0)
+
+
+@properties
+@given(blends(), st.booleans())
+def test_one_by_one_equals_batch(case, mix):
+    dst, src, mask = case
+    for blend in (poisson_blend, poisson_blend_image):
+        single = [blend(d[None], s[None], m[None], mix) for d, s, m in zip(dst, src, mask)]
+        assert torch.equal(blend(dst, src, mask, mix), torch.cat(single))
+
+
+@properties
+@given(blends(least=3))
+def test_source_far_away_does_not_matter(case):
+    "Not even for the clamping: it sees the mask's box and one pixel around it."
+    dst, src, mask = case
+    boxes = torch.zeros_like(mask)
+    for box, m in zip(boxes, mask):
+        y, x = torch.nonzero(m).unbind(1)
+        if len(y): box[max(y.min() - 1, 0):y.max() + 2, max(x.min() - 1, 0):x.max() + 2] = True
+    other = torch.where(boxes[:, None], src * 3, 9.0)
+    assert torch.equal(poisson_blend(dst, other, mask), poisson_blend(dst, torch.where(boxes[:, None], src * 3, 0.0), mask))
+
+
+@properties
+@given(blends())
+def test_uint8_is_the_rounded_solution(case):
+    dst, src, mask = case
+    dst, src = ((x * 255).byte() for x in (dst, src))
+    exact = poisson_blend(dst.double() / 255, src.double() / 255, mask) * 255
+    assert (poisson_blend(dst, src, mask).double() - exact).abs().max() <= 0.5 + 1e-6
+
+
+def test_three_by_three_by_hand():
+    dst = torch.arange(9.0).reshape(1, 1, 3, 3) / 10
+    src, mask = torch.zeros(1, 1, 3, 3), torch.zeros(1, 3, 3, dtype=torch.bool)
+    src[..., 1, 1], mask[..., 1, 1] = 0.2, True
+    assert poisson_blend(dst, src, mask)[0, 0, 1, 1] == pytest.approx(0.4 + 0.2)  # mean of 1, 3, 5, 7 and the bump
+    mask[:] = False
+    mask[..., 0, 0], src[..., 0, 0] = True, 0.1  # a corner has two neighbours, 1 and 3
+    assert poisson_blend(dst, src, mask)[0, 0, 0, 0] == pytest.approx(0.2 + 0.1)
+    mask[..., 0, 1] = True  # and with (0, 1): 2a - b = 0.3 + 0.2, 3b - a = 0.2 + 0.4 - (0.1 + 0.2)
+    assert poisson_blend(dst, src, mask)[0, 0, 0, :2].tolist() == pytest.approx([0.36, 0.22])
+
+
+def test_five_by_five_by_hand():
+    "A 3x3 hole in a flat frame of 0.5; the source is a spike of 0.4, of which the plus around it carries nothing."
+    dst, src = torch.full((1, 1, 5, 5), 0.5), torch.zeros(1, 1, 5, 5)
+    mask = torch.zeros(1, 5, 5, dtype=torch.bool)
+    mask[:, 1:4, 1:4], src[..., 2, 2] = True, 0.4
+    expected = dst.clone()
+    expected[..., 2, 2] += 0.4
+    torch.testing.assert_close(poisson_blend(dst, src, mask), expected)
+    mixed = dst.clone()
+    mixed[..., 1, 1] = 0.7  # a spike of 0.2 of the target's own, kept beside the source's
+    expected[..., 1, 1] = 0.7
+    torch.testing.assert_close(poisson_blend(mixed, src, mask, True), expected)
+
+
+def test_full_mask_keeps_the_mean():
+    dst, src = torch.rand(2, 3, 6, 7) * 0.2 + 0.4, torch.rand(2, 3, 6, 7) * 0.2
+    out = poisson_blend(dst, src, torch.ones(2, 6, 7, dtype=torch.bool))
+    expected = src - src.mean((2, 3), keepdim=True) + dst.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(out, expected)
+
+
+def test_one_pixel_image():
+    dst, mask = torch.full((1, 1, 1, 1), 0.3), torch.ones(1, 1, 1, dtype=torch.bool)
+    assert torch.equal(poisson_blend(dst, dst + 0.5, mask), dst) and torch.equal(poisson_blend_image(dst, dst + 0.5, mask), dst)
+
+
+def test_range():
+    dst, src = torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3)
+    mask = torch.zeros(1, 3, 3, dtype=torch.bool)
+    mask[:, 1, 1], src[..., 1, 1] = True, -0.5
+    assert poisson_blend(dst, src + 0.5, mask)[..., 1, 1] == 0  # stays in [0, 1]
+    assert poisson_blend(dst - 2, src, mask)[..., 1, 1] == -2  # as low as the images go, where they exceed it
+    assert poisson_blend(dst.byte() + 5, (src * 100 + 50).byte(), mask)[..., 1, 1] == 0
+
+
+def test_residual_on_a_large_region():
+    rng = np.random.default_rng(0)
+    dst, src = (torch.from_numpy(rng.random((1, 1, 96, 80)) * 0.2 + 0.4) for _ in range(2))
+    y, x = np.mgrid[:96, :80]
+    mask = torch.from_numpy(((y - 70) ** 2 / 3 + (x - 10) ** 2 < 900) & ((x + y) % 11 > 0))[None]
+    g, s, inside = *(t[0, 0].numpy() for t in (poisson_blend(dst, src, mask), src)), mask[0].numpy()
+    residual = np.zeros_like(g)
+    for axis in (0, 1):
+        step = np.diff(g - s, axis=axis)
+        front, back = np.delete(np.indices(g.shape)[axis], -1, axis), np.delete(np.indices(g.shape)[axis], 0, axis)
+        np.add.at(residual, (front, np.indices(step.shape)[1]) if axis == 0 else (np.indices(step.shape)[0], front), step)
+        np.add.at(residual, (back, np.indices(step.shape)[1]) if axis == 0 else (np.indices(step.shape)[0], back), -step)
+    assert np.abs(residual[inside]).max() < 1e-12 and inside.sum() > 2000
+
+
+@properties
+@given(blends(least=3), st.booleans())
+def test_whole_image_variant_solves_its_own_equation(case, mix):
+    dst, src, mask = (case[0] * 0.02 + 0.5, case[1] * 0.02 + 0.5, case[2])
+    for d, s, m, g in zip(dst.numpy(), src.numpy(), mask.numpy(), poisson_blend_image(dst, src, mask, mix).numpy()):
+        rise = np.zeros_like(g)
+        for y, x in np.ndindex(*m.shape):
+            for p, q in (((y, x), (y + 1, x)), ((y, x), (y, x + 1))):
+                if q[0] == m.shape[0] or q[1] == m.shape[1]: continue
+                p, q = (slice(None), *p), (slice(None), *q)
+                v, t = s[q] - s[p], d[q] - d[p]
+                if mix: v = np.where(np.abs(t) > np.abs(v), t, v)
+                step = (g[q] - g[p]) - (v if m[y, x] else t)
+                rise[p] -= step
+                rise[q] += step
+        assert np.abs(rise[:, 1:-1, 1:-1]).max() < 1e-9
+        for edge in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]): assert (g[edge] == d[edge]).all()
+
+
+@properties
+@given(blends(), st.integers(0, 3))
+def test_grow_mask(case, margin):
+    grown = grow_mask(case[2], margin)
+    for mask, wide in zip(case[2].numpy(), grown.numpy()):
+        np.testing.assert_array_equal(wide, ndimage.binary_dilation(mask, np.ones((2 * margin + 1,) * 2)))
+
+
+def test_grow_mask_refuses_a_negative_margin():
+    with pytest.raises(ValueError, match="expected 0 or more pixels, got -1"): grow_mask(torch.ones(1, 2, 2, dtype=torch.bool), -1)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(dst=torch.zeros(4, 4)), r"dst: expected \(B, C, H, W\), got \(4, 4\)"),
+    (dict(src=torch.zeros(1, 3, 4, 4)), r"src: expected .* \(1, 1, 4, 4\).* got .* \(1, 3, 4, 4\)"),
+    (dict(src=torch.zeros(1, 1, 4, 4).double()), "src: expected torch.float32.* got torch.float64"),
+    (dict(mask=torch.zeros(1, 1, 4, 4, dtype=torch.bool)), r"mask: expected torch.bool \(1, 4, 4\)"),
+    (dict(mask=torch.zeros(1, 4, 4)), "mask: expected torch.bool .* got torch.float32"),
+    (dict(mask=torch.zeros(1, 4, 4, dtype=torch.bool, device="meta")), "on cpu to go with dst, got .* on meta"),
+])
+def test_wrong_arguments(change, message):
+    good = dict(dst=torch.zeros(1, 1, 4, 4), src=torch.zeros(1, 1, 4, 4), mask=torch.zeros(1, 4, 4, dtype=torch.bool))
+    for blend in (poisson_blend, cut_paste, poisson_blend_image):
+        with pytest.raises(ValueError, match=message): blend(**good | change)
+
+
+def test_poisson_refuses_half_precision():
+    x = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
+    with pytest.raises(ValueError, match="expected one of torch.uint8.*got torch.float16"):
+        poisson_blend(x, x, torch.zeros(1, 4, 4, dtype=torch.bool))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_agrees():
+    dst, src = torch.rand(2, 4, 3, 32, 32)
+    mask = torch.zeros(4, 32, 32, dtype=torch.bool)
+    mask[:, 5:20, :17] = True
+    for blend in (poisson_blend, cut_paste, poisson_blend_image):
+        out = blend(dst.cuda(), src.cuda(), mask.cuda())
+        assert out.is_cuda
+        torch.testing.assert_close(out.cpu(), blend(dst, src, mask), atol=1e-6, rtol=0)

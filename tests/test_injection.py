@@ -1,0 +1,568 @@
+"Algorithm 1: what is planned, what is injected where, and that nothing goes wrong in the middle of an epoch."
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from dli import injection
+from dli.blending import grow_mask, poisson_blend, poisson_blend_image
+from dli.data import Samples
+from dli.injection import (MT_TRANSFORMS, DonorPool, DonorTransform, DynamicLabelInjection, InjectionPlan,
+                           choose_labels, class_presence, default_margin, find_clean, show_batch)
+
+CLASSES = ("Blowhole", "Break", "Crack")
+STILL = dict.fromkeys(CLASSES, DonorTransform(flip=0, p=0))
+FLIPS = dict.fromkeys(CLASSES, DonorTransform(p=0))
+WILD = dict.fromkeys(CLASSES, DonorTransform(p=1, rotate=90, shift=0.5, scale=0.4))
+properties = settings(deadline=None, max_examples=40)
+
+
+def make_samples(masks, images=None, classes=CLASSES):
+    "Samples from masks; images are random unless given."
+    masks = np.asarray(masks, np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, masks.shape, np.uint8) if images is None else np.asarray(images, np.uint8)
+    names = [classes[m.max() - 1] if m.any() else "Free" for m in masks]
+    table = pd.DataFrame({"name": [f"image {i}" for i in range(len(masks))], "class": names, "tile": range(len(masks)), "exposure": 1,
+                          "width": 1, "height": 1, "suspect": False})
+    return Samples(images, masks, table, classes, "by hand")
+
+
+def random_samples(seed, n=8, size=(16, 12), classes=CLASSES, colour=False):
+    "Rectangular defects of random classes anywhere, borders included."
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((n, *size), np.uint8)
+    for mask in masks:
+        (y0, y1), (x0, x1) = (sorted(rng.choice(s + 1, 2, replace=False)) for s in size)
+        mask[y0:y1, x0:x1] = rng.integers(1, len(classes) + 1)
+    return make_samples(masks, rng.integers(0, 256, (n, *size, 3) if colour else (n, *size), np.uint8), classes)
+
+
+def random_batch(seed, n=6, size=(16, 12), channels=1, dtype=torch.uint8, mask_dtype=torch.uint8):
+    "Images, and masks of which about half are clean; some show several classes."
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, len(CLASSES) + 1, (n, *size)) * (rng.random((n, *size)) < 0.01) * (rng.random(n) < 0.6)[:, None, None]
+    images = torch.from_numpy(rng.integers(0, 256, (n, channels, *size), np.uint8))
+    return images if dtype == torch.uint8 else images.to(dtype) / 255, torch.from_numpy(masks).to(mask_dtype)
+
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
+
+
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
+def test_a_donor_per_image_and_class():
+    masks = np.zeros((4, 10, 10), np.uint8)
+    masks[0, 2:4, 2:4], masks[0, 7:9, 5:8], masks[2, :3, 4:] = 1, 3, 3
+    pool = DonorPool(make_samples(masks))
+    assert len(pool) == 3 and pool.counts == {"Blowhole": 1, "Break": 0, "Crack": 2}
+    assert [(d.name, d.label, d.box) for d in pool.donors] == [("image 0", 1, (2, 2, 2, 2)), ("image 0", 3, (7, 5, 2, 3)), ("image 2", 3, (0, 4, 3, 6))]
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(0, 3))
+def test_crops_are_pieces_of_their_images(seed, transforms, margin):
+    samples = random_samples(seed)
+    pool = DonorPool(samples, transforms, margin)
+    for donor, image, mask in zip(pool.donors, samples.images, samples.masks):
+        (y, x), (h, w) = donor.corner, donor.mask.shape
+        ys, xs = np.arange(y, y + h), np.arange(x, x + w)
+        inside = np.ix_((ys >= 0) & (ys < mask.shape[0]), (xs >= 0) & (xs < mask.shape[1]))
+        there = np.ix_(ys[(ys >= 0) & (ys < mask.shape[0])], xs[(xs >= 0) & (xs < mask.shape[1])])
+        assert donor.image.dtype == np.uint8 and (donor.image[0][inside] == image[there]).all() and (donor.mask[inside] == (mask[there] > 0)).all()
+        assert donor.mask[inside].sum() == (mask > 0).sum() and mask[donor.anchor] == donor.label
+        top, left, height, width = donor.box
+        for low, high, begin, length, size in ((y, y + h, top, height, mask.shape[0]), (x, x + w, left, width, mask.shape[1])):
+            assert low <= max(begin - margin - 1, 0) and high >= min(begin + length + margin + 1, size), "room for the margin and one pixel"
+
+
+def test_a_pool_grows_with_the_defects():
+    masks = np.zeros((5, 200, 200), np.uint8)
+    masks[:, 50:54, 60:65] = 2
+    assert sum(d.image.nbytes for d in DonorPool(make_samples(masks), margin=2).donors) == 5 * 10 * 11
+
+
+def test_transforms_by_class():
+    pool = DonorPool(random_samples(0, classes=("Crack", "Dent")))
+    assert pool.transforms == [MT_TRANSFORMS["Crack"], DonorTransform()]
+    with pytest.raises(ValueError, match=r"expected class names out of .*Crack.*got \['Craks'\]"):
+        DonorPool(random_samples(0), {"Craks": DonorTransform()})
+
+
+@pytest.mark.parametrize("wrong", [dict(flip=1.1), dict(p=-0.1), dict(rotate=181), dict(shift=2), dict(scale=1), dict(scale=float("nan"))])
+def test_wrong_ranges(wrong):
+    with pytest.raises(ValueError, match=f"expected 0 <= {next(iter(wrong))} <= "): DonorTransform(**wrong)
+
+
+def test_margin():
+    assert [default_margin((s, s)) for s in (32, 128, 256, 512, 1024)] == [1, 1, 2, 4, 8]
+    assert DonorPool(random_samples(0)).margin == 1 and DonorPool(random_samples(0), margin=0).margin == 0
+    with pytest.raises(ValueError, match="margin: expected 0 or more pixels, got -1"): DonorPool(random_samples(0), margin=-1)
+
+
+def test_no_donors_at_all():
+    with pytest.raises(ValueError, match="expected samples with defects, got 3 images from 'by hand'"): DonorPool(make_samples(np.zeros((3, 8, 8))))
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+counts_of = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(np.array)
+
+
+@properties
+@given(counts_of, st.integers(0, 40), st.integers(0, 10**6), st.data())
+def test_uniform_raises_classes_to_the_largest(counts, clean, seed, data):
+    donors = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(counts), max_size=len(counts))))
+    labels = choose_labels(counts, donors, clean, "uniform", seeded(seed))
+    after = counts + np.bincount(labels, minlength=len(counts) + 1)[1:]
+    wanted = np.where(donors > 0, counts.max() - counts, 0).sum()
+    assert len(labels) == min(clean, wanted)
+    assert (after[donors == 0] == counts[donors == 0]).all() and after.max() == counts.max()
+    if clean >= wanted: assert (after[donors > 0] == counts.max()).all()
+    running = counts.copy()
+    for k in labels:  # rarest first
+        assert running[k - 1] == running[donors > 0].min()
+        running[k - 1] += 1
+
+
+@properties
+@given(counts_of, st.integers(0, 40), st.integers(0, 10**6))
+def test_all_uses_every_clean_image(counts, clean, seed):
+    donors = np.ones_like(counts)
+    donors[0] = len(counts) == 1  # the first class has none, unless it is the only one
+    labels = choose_labels(counts, donors, clean, "all", seeded(seed))
+    assert len(labels) == clean
+    running = counts.copy()
+    for k in labels:
+        assert donors[k - 1] and running[k - 1] == running[donors > 0].min()
+        running[k - 1] += 1
+
+
+def test_ties_are_broken_at_random():
+    first = {choose_labels(np.zeros(3, int), np.ones(3), 1, "all", seeded(s))[0] for s in range(40)}
+    assert first == {1, 2, 3}
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from(("uniform", "all")), st.sampled_from(("rarest", "random")))
+def test_plans_are_legal(seed, fill, choose):
+    pool, (images, masks) = DonorPool(random_samples(seed)), random_batch(seed + 1)
+    plan = DynamicLabelInjection(pool, fill=fill, choose=choose).make_params(masks, seeded(seed))
+    clean, counts = find_clean(masks), class_presence(masks, 3).sum(0)
+    assert set(plan.target) <= set(clean) and len(set(plan.target)) == len(plan)
+    assert (plan.label == pool.labels[plan.donor]).all()
+    assert len(plan) == len(choose_labels(counts, np.array(list(pool.counts.values())), len(clean), fill, seeded(0)))
+    assert ((0 <= plan.y) & (plan.y < 16) & (0 <= plan.x) & (plan.x < 12)).all()
+    for k in set(plan.label):  # without replacement until exhausted
+        uses = np.bincount(plan.donor[plan.label == k], minlength=len(pool))[pool.labels == k]
+        assert uses.max() - uses.min() <= 1
+
+
+def test_several_classes_in_one_image_count_for_each():
+    masks = torch.zeros(6, 8, 8, dtype=torch.long)
+    masks[0, 0, 0], masks[0, 1, 1], masks[1, 2, 2] = 1, 2, 1
+    assert class_presence(masks, 3).sum(0).tolist() == [2, 1, 0]
+    pool = DonorPool(make_samples(np.eye(3, 64, dtype=np.uint8).reshape(3, 8, 8) * np.arange(1, 4).reshape(3, 1, 1)))
+    after = DynamicLabelInjection(pool)(torch.zeros(6, 1, 8, 8), masks, seeded(0))[1]
+    assert class_presence(after, 3).sum(0).tolist() == [2, 2, 2] and len(find_clean(after)) == 1
+
+
+def test_random_follows_the_training_distribution():
+    masks = np.ones((10, 4, 4), np.uint8)
+    masks[9] = 2
+    inject = DynamicLabelInjection(DonorPool(make_samples(masks)), fill="all", choose="random")
+    labels = inject.make_params(torch.zeros(2000, 4, 4, dtype=torch.uint8), seeded(0)).label
+    assert 0.87 < (labels == 1).mean() < 0.93 and set(labels) == {1, 2}
+
+
+def test_clean_targets_and_donors_vary():
+    pool, masks = DonorPool(random_samples(3)), torch.zeros(8, 16, 12, dtype=torch.uint8)
+    masks[0, 0, 0] = 1
+    plans = [DynamicLabelInjection(pool).make_params(masks, seeded(s)) for s in range(30)]
+    assert {t for p in plans for t in p.target} == set(range(1, 8))
+    assert len({p.to_json() for p in plans}) == 30
+
+
+@properties
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_p_poisson_changes_nothing_else(seed, p):
+    pool, masks = DonorPool(random_samples(seed), WILD), random_batch(seed)[1]
+    plans = [DynamicLabelInjection(pool, q, "all").make_params(masks, seeded(seed)) for q in (0, p, 1)]
+    assert not plans[0].poisson.any() and plans[2].poisson.all()
+    for name in ("target", "donor", "label", "hflip", "vflip", "angle", "scale", "y", "x"):
+        assert all((getattr(plan, name) == getattr(plans[0], name)).all() for plan in plans)
+
+
+def test_ranges_are_used_and_kept():
+    pool = DonorPool(random_samples(1), dict.fromkeys(CLASSES, DonorTransform(flip=0.25, p=0.5, rotate=20, shift=0, scale=0.3)))
+    plan = DynamicLabelInjection(pool, 0.25, "all").make_params(torch.zeros(4000, 16, 12, dtype=torch.uint8), seeded(0))
+    moved = plan.angle != 0
+    assert abs(moved.mean() - 0.5) < 0.03 and (plan.scale[~moved] == 1).all()
+    assert 19 < plan.angle.max() <= 20 and -20 <= plan.angle.min() < -19 and 1.28 < plan.scale.max() <= 1.3 and 0.7 <= plan.scale.min() < 0.72
+    for flips in (plan.hflip, plan.vflip, plan.poisson): assert abs(flips.mean() - 0.25) < 0.03
+
+
+def test_draws_are_independent():
+    mask = np.zeros((1, 41, 41), np.uint8)
+    mask[0, 20, 20] = 1
+    pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(0.5, 1, 10, 0.4, 0.1)))
+    plan = DynamicLabelInjection(pool, 0.5, "all").make_params(torch.zeros(4000, 41, 41, dtype=torch.uint8), seeded(0))
+    columns = [getattr(plan, n).astype(float) for n in ("hflip", "vflip", "angle", "scale", "y", "x", "poisson")]
+    assert np.abs(np.corrcoef(columns) - np.eye(7)).max() < 0.1
+
+
+@properties
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((torch.uint8, torch.float32)))
+def test_plans_replay_bit_for_bit(seed, image, dtype):
+    images, masks = random_batch(seed, dtype=dtype)
+    inject = DynamicLabelInjection(DonorPool(random_samples(seed), WILD), fill="all", region="image" if image else "exact")
+    plan = inject.make_params(masks, seeded(seed))
+    again = InjectionPlan.from_json(plan.to_json())
+    assert again == plan and all(getattr(again, n).dtype == getattr(plan, n).dtype for n in vars(plan))
+    for a, b, c in zip(inject(images, masks, seeded(seed)), inject.transform(images, masks, plan), inject.transform(images, masks, again)):
+        assert torch.equal(a, b) and torch.equal(b, c)
+
+
+def test_damaged_plans():
+    text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
+    assert len(InjectionPlan.from_json(text)) == 0
+    for wrong in (text.replace('"angle"', '"angel"'), text.replace('"y": []', '"y": [1]')):
+        with pytest.raises(ValueError, match="InjectionPlan: expected target, donor"): InjectionPlan.from_json(wrong)
+
+
+def test_plan_for_another_batch():
+    images, masks = random_batch(0)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
+    plan = inject.make_params(torch.zeros(9, 16, 12, dtype=torch.uint8), seeded(0))
+    with pytest.raises(ValueError, match="plan: expected images below 6 .*got image 8"): inject.transform(images, masks, plan)
+
+
+# -- where it lands ---------------------------------------------------------------------------------------------------
+
+@properties
+@given(st.integers(0, 10**6))
+def test_unturned_donors_are_copied_to_the_pixel(seed):
+    "Every pixel of the donor image has its own value, so each pixel of the label says where it came from."
+    samples = random_samples(seed, n=1, size=(15, 16))
+    numbered = np.arange(240, dtype=np.uint8).reshape(1, 15, 16)
+    pool = DonorPool(make_samples(samples.masks, numbered), FLIPS)
+    inject = DynamicLabelInjection(pool, p_poisson=0, fill="all")
+    images, masks = torch.full((4, 1, 15, 16), 255, dtype=torch.uint8), torch.zeros(4, 15, 16, dtype=torch.uint8)
+    plan = inject.make_params(masks, seeded(seed))
+    after, labels = inject.transform(images, masks, plan)
+    for i, t in enumerate(plan.target):
+        turned = [np.flip(x[0], [a for a, flip in ((0, plan.vflip[i]), (1, plan.hflip[i])) if flip]) for x in (numbered, samples.masks)]
+        assert (labels[t].numpy() == turned[1]).all()
+        assert (after[t, 0].numpy() == np.where(turned[1] > 0, turned[0], 255)).all()
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((torch.float32, torch.float64)))
+def test_floats_are_the_donors_bytes(seed, dtype):
+    samples = random_samples(seed, n=1)
+    inject = DynamicLabelInjection(DonorPool(samples, STILL), p_poisson=0, fill="all")
+    after, labels = inject(torch.zeros(1, 1, 16, 12, dtype=dtype), torch.zeros(1, 16, 12, dtype=torch.int32))
+    inside = labels[0] > 0
+    assert after.dtype == dtype and torch.equal(after[0, 0][inside], torch.from_numpy(samples.images[0]).to(dtype)[inside] / 255)
+
+
+@properties
+@given(st.integers(0, 10**6), st.tuples(st.integers(3, 24), st.integers(3, 24)))
+def test_label_equals_the_placed_mask_when_turned(seed, size):
+    "Donors white wherever they are defect and black elsewhere, in targets of any size: grey of 128 or more is where the label is."
+    masks = random_samples(seed).masks
+    pool = DonorPool(make_samples(masks, (masks > 0) * 255), WILD, margin=3)
+    inject = DynamicLabelInjection(pool, p_poisson=0, fill="all")
+    blank = torch.zeros(6, *size, dtype=torch.uint8)
+    after, labels = inject(blank[:, None], blank, seeded(seed))
+    assert (labels > 0).flatten(1).any(1).all(), "the anchor is always seen"
+    assert (after[:, 0][labels == 0] == 0).all() and (after[:, 0][labels > 0] >= 128).all()
+    assert inject.stats.empty == 0
+
+
+@properties
+@given(st.integers(0, 10**6), st.tuples(st.integers(3, 30), st.integers(3, 30)))
+def test_what_touches_a_border_still_does(seed, size):
+    samples = random_samples(seed)
+    inject = DynamicLabelInjection(DonorPool(samples, FLIPS), p_poisson=0, fill="all")
+    masks = torch.zeros(6, *size, dtype=torch.uint8)
+    plan = inject.make_params(masks, seeded(seed))
+    labels = inject.transform(masks[:, None], masks, plan)[1]
+    for i, t in enumerate(plan.target):
+        mask, placed = inject.pool.donors[plan.donor[i]].box, labels[t].numpy() > 0
+        for axis, flip in ((0, plan.vflip[i]), (1, plan.hflip[i])):
+            start, length, n = mask[axis], mask[axis + 2], samples.masks.shape[axis + 1]
+            if length == n: continue
+            touch = [start == 0, start + length == n][:: -1 if flip else 1]
+            line = placed.any(axis=1 - axis)
+            assert line[0] >= touch[0] and line[-1] >= touch[1]
+            if size[axis] >= n: assert line.sum() == length
+
+
+def test_a_donor_pulled_from_the_border_is_continued_by_its_mirror_image():
+    mask, image = np.zeros((1, 9, 20), np.uint8), np.full((1, 9, 20), 100, np.uint8)
+    mask[0, 3:6, :4], image[0, 3:6, :4] = 1, [10, 20, 30, 40]
+    inject = DynamicLabelInjection(DonorPool(make_samples(mask, image), dict(Blowhole=DonorTransform(0, 1, 0, 0.2, 0))), 0, "all")
+    plan = inject.make_params(torch.zeros(200, 9, 20, dtype=torch.uint8), seeded(0))
+    i = int(np.flatnonzero((plan.x == plan.x.max()) & (plan.y == 4))[0])
+    after, labels = inject.transform(*(torch.zeros(200, *s, dtype=torch.uint8) for s in ((1, 9, 20), (9, 20))), plan)
+    assert plan.x.max() - inject.pool.donors[0].anchor[1] == 4
+    assert after[plan.target[i], 0, 4, :9].tolist() == [0, 40, 30, 20, 10, 20, 30, 40, 0] and (labels[plan.target[i], 4, :9] > 0).sum() == 7
+
+
+def turned_label(angle, scale):
+    "The label of an L of 2 x 7 pixels, its anchor in the middle of a target of 41 x 41."
+    mask = np.zeros((1, 41, 41), np.uint8)
+    mask[0, 14:21, 10:12], mask[0, 19:21, 10:20] = 1, 1
+    inject = DynamicLabelInjection(DonorPool(make_samples(mask), STILL), 0, "all")
+    masks = torch.zeros(1, 41, 41, dtype=torch.uint8)
+    plan = inject.make_params(masks)
+    plan.y[:], plan.x[:], plan.angle[:], plan.scale[:] = 20, 20, angle, scale
+    return inject.transform(masks[:, None], masks, plan)[1][0].numpy()
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_positive_angles_turn_counter_clockwise(quarters):
+    "About the anchor, which lies in the middle here, so that the whole picture turns."
+    assert (turned_label(90 * quarters, 1) == np.rot90(turned_label(0, 1), quarters)).all()
+
+
+def test_scale_enlarges():
+    areas = [(turned_label(30, s) > 0).sum() / (turned_label(0, 1) > 0).sum() for s in (0.8, 1, 1.5)]
+    assert areas == pytest.approx([0.64, 1, 2.25], rel=0.15)
+
+
+def test_a_donor_across_its_image_does_not_grow_in_a_larger_target():
+    mask = np.zeros((1, 6, 8), np.uint8)
+    mask[0, 2:4] = 1
+    inject = DynamicLabelInjection(DonorPool(make_samples(mask), FLIPS, margin=2), fill="all")
+    labels = inject(torch.zeros(4, 1, 20, 20), torch.zeros(4, 20, 20, dtype=torch.uint8), seeded(0))[1]
+    assert (labels > 0).sum((1, 2)).tolist() == [16] * 4 and (labels[:, :, 0] > 0).any(1).all()
+
+
+# -- blending and labels ----------------------------------------------------------------------------------------------
+
+def test_poisson_takes_the_margin_and_the_label_does_not():
+    samples = random_samples(5, n=1, size=(32, 32))
+    samples.masks[:], samples.masks[0, 10:16, 12:20] = 0, 2
+    samples = make_samples(samples.masks, samples.images)
+    images, masks = random_batch(7, n=1, size=(32, 32))
+    masks[:] = 0
+    for margin in (0, 1, 4):
+        pool = DonorPool(samples, STILL, margin)
+        after, labels = DynamicLabelInjection(pool, p_poisson=1, fill="all")(images, masks)
+        mask = torch.from_numpy(samples.masks > 0)
+        assert torch.equal(labels, torch.from_numpy(samples.masks))
+        assert torch.equal(after, poisson_blend(images, torch.from_numpy(samples.images)[:, None], grow_mask(mask, margin)))
+    after, labels = DynamicLabelInjection(pool, 1, "all", mix_gradients=True, region="image", grow_label=True)(images, masks)
+    assert torch.equal(labels, grow_mask(mask, 4) * 2)
+    assert torch.equal(after, poisson_blend_image(images, torch.from_numpy(samples.images)[:, None], grow_mask(mask, 4)))
+    assert torch.equal(DynamicLabelInjection(pool, 0, "all", grow_label=True)(images, masks)[1], torch.from_numpy(samples.masks)), "cut-paste keeps the mask"
+
+
+@properties
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((1, 3)), st.sampled_from((torch.uint8, torch.float32, torch.float64)),
+       st.sampled_from((torch.uint8, torch.int16, torch.int32, torch.int64)), st.sampled_from((STILL, FLIPS, WILD)))
+def test_only_clean_images_change_and_only_near_the_label(seed, mix, channels, dtype, mask_dtype, transforms):
+    images, masks = random_batch(seed, channels=channels, dtype=dtype, mask_dtype=mask_dtype)
+    kept = images.clone(), masks.clone()
+    inject = DynamicLabelInjection(DonorPool(random_samples(seed), transforms, margin=2), mix_gradients=mix)
+    plan = inject.make_params(masks, seeded(seed))
+    after, labels = inject(images, masks, seeded(seed))
+    assert torch.equal(images, kept[0]) and torch.equal(masks, kept[1]), "inputs unchanged"
+    assert after.dtype == dtype and labels.dtype == mask_dtype and after.shape == images.shape
+    assert after.data_ptr() != images.data_ptr() and labels.data_ptr() != masks.data_ptr()
+    others = np.setdiff1d(np.arange(len(images)), plan.target)
+    assert torch.equal(after[others], images[others]) and torch.equal(labels[others], masks[others])
+    near = grow_mask(labels > 0, 2)[:, None].expand_as(images)
+    assert torch.equal(after[~near], images[~near])
+    assert dtype == torch.uint8 or (0 <= after.min() and after.max() <= 1)
+    for i, t in enumerate(plan.target): assert set(labels[t].unique().tolist()) <= {0, plan.label[i]}
+
+
+@properties
+@given(st.integers(0, 10**6))
+def test_grey_donors_serve_colour_images(seed):
+    images, masks = random_batch(seed, channels=1)
+    inject = DynamicLabelInjection(DonorPool(random_samples(seed)))
+    grey, colour = (inject(x, masks, seeded(seed))[0] for x in (images, images.expand(-1, 3, -1, -1)))
+    assert torch.equal(colour, grey.expand(-1, 3, -1, -1))
+
+
+def test_colour_donors():
+    samples = random_samples(0, n=1, colour=True)
+    inject = DynamicLabelInjection(DonorPool(samples, STILL), 0, "all")
+    after, labels = inject(torch.zeros(1, 3, 16, 12, dtype=torch.uint8), torch.zeros(1, 16, 12, dtype=torch.uint8))
+    inside = labels[0] > 0
+    assert torch.equal(after[0][:, inside], torch.from_numpy(samples.images[0]).permute(2, 0, 1)[:, inside])
+    with pytest.raises(ValueError, match="expected 3 channels like the donors, got 1"): inject(*random_batch(0))
+
+
+# -- nothing goes wrong in the middle of an epoch ---------------------------------------------------------------------
+
+def test_all_clean_and_no_clean():
+    pool, (images, masks) = DonorPool(random_samples(0)), random_batch(0)
+    for fill in ("uniform", "all"):
+        inject, defective = DynamicLabelInjection(pool, fill=fill), masks.clone()
+        defective[:, 0, 0] = 1
+        after, labels = inject(images, defective)
+        assert torch.equal(after, images) and torch.equal(labels, defective) and after is not images
+        after, labels = inject(images, torch.zeros_like(masks))
+        assert len(find_clean(labels)) == (6 if fill == "uniform" else 0)
+
+
+def test_class_without_donors_is_passed_over():
+    samples = random_samples(0)
+    pool = DonorPool(make_samples(np.where(samples.masks == 2, 1, samples.masks), samples.images))
+    masks = torch.zeros(20, 16, 12, dtype=torch.uint8)
+    masks[:3, 0, 0] = 1
+    after = DynamicLabelInjection(pool)(masks[:, None], masks, seeded(0))[1]
+    assert pool.counts["Break"] == 0 and class_presence(after, 3).sum(0).tolist() == [3, 0, 3]
+
+
+def test_values_above_the_classes_are_left_alone():
+    masks = torch.zeros(4, 16, 12, dtype=torch.uint8)
+    masks[0], masks[1, 0, 0] = 255, 1
+    after = DynamicLabelInjection(DonorPool(random_samples(0)))(masks[:, None], masks, seeded(0))[1]
+    assert torch.equal(after[0], masks[0]) and len(find_clean(after)) == 0
+
+
+def test_an_empty_batch():
+    images, masks = torch.zeros(0, 1, 16, 12), torch.zeros(0, 16, 12, dtype=torch.uint8)
+    assert [x.shape for x in DynamicLabelInjection(DonorPool(random_samples(0)))(images, masks)] == [images.shape, masks.shape]
+
+
+def test_a_donor_far_outside_leaves_the_image_as_it_is():
+    images, masks = random_batch(1)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
+    plan = inject.make_params(masks, seeded(0))
+    plan.y[:] = 1000
+    after, labels = inject.transform(images, masks, plan)
+    assert len(plan) and torch.equal(after, images) and torch.equal(labels, masks)
+    injection.update_stats(inject.stats, inject.pool, masks, labels, plan)
+    assert inject.stats.empty == len(plan) and not any(inject.stats.injected.values())
+
+
+@properties
+@given(st.integers(0, 10**6), st.tuples(st.integers(1, 20), st.integers(1, 20)), st.sampled_from(("exact", "image")), st.booleans())
+def test_any_size_of_target_and_donor(seed, size, region, mix):
+    rng = np.random.default_rng(seed)
+    pool = DonorPool(random_samples(seed, n=4, size=tuple(rng.integers(1, 20, 2))), rng.choice([FLIPS, WILD]), margin=int(rng.integers(0, 4)))
+    inject = DynamicLabelInjection(pool, fill="all", region=region, mix_gradients=mix, grow_label=mix)
+    images, masks = torch.rand(3, 1, *size), torch.zeros(3, *size, dtype=torch.uint8)
+    after, labels = inject(images, masks, seeded(seed))
+    assert after.isfinite().all() and (labels > 0).flatten(1).any(1).all()
+
+
+def test_stats_count():
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)))
+    total = np.zeros(3, int)
+    for seed in range(5):
+        images, masks = random_batch(seed)
+        total += class_presence(inject(images, masks, seeded(seed))[1], 3).sum(0) - class_presence(masks, 3).sum(0)
+    clean = sum(len(find_clean(random_batch(s)[1])) for s in range(5))
+    assert inject.stats.injected == dict(zip(CLASSES, total.tolist())) and total.sum() > 0
+    assert (inject.stats.batches, inject.stats.images, inject.stats.clean) == (5, 30, clean)
+
+
+@pytest.mark.parametrize("masks, reason", [
+    (torch.ones(4, 16, 12, dtype=torch.uint8), "no image was defect-free"),
+    (torch.zeros(4, 16, 12, dtype=torch.uint8), "all images were defect-free"),
+    (torch.tensor([0, 0, 1, 2, 3]).reshape(5, 1, 1).expand(5, 16, 12), "no class that has donors was ever rarer"),
+])
+def test_doing_nothing_warns_once(masks, reason):
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)))
+    images = torch.zeros(len(masks), 1, 16, 12, dtype=torch.uint8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2 * injection.PATIENCE + 1): inject(images, masks)
+    assert len(caught) == 1 and reason in str(caught[0].message) and "Crack" in str(caught[0].message) and caught[0].filename == __file__
+
+
+def test_doing_something_does_not_warn():
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), p_poisson=0, fill="all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(injection.PATIENCE + 1): inject(*random_batch(seed))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(images=torch.zeros(2, 2, 8, 8)), r"images: expected \(B, C, H, W\) with C = 1 or 3, got \(2, 2, 8, 8\)"),
+    (dict(images=torch.zeros(2, 8, 8)), r"images: expected \(B, C, H, W\)"),
+    (dict(images=torch.zeros(2, 1, 8, 8).half()), "expected uint8, or float32 or float64 in 0..1, got torch.float16"),
+    (dict(images=torch.full((2, 1, 8, 8), -0.4)), "got -0.4 .. -0.4: inject before normalising"),
+    (dict(images=torch.full((2, 1, 8, 8), torch.nan)), "got nan .. nan"),
+    (dict(masks=torch.zeros(2, 8, 8)), "masks: expected integers .* got torch.float32"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), "masks: expected integers .* got torch.bool"),
+    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\)"),
+    (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)), r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
+])
+def test_wrong_batches(change, message):
+    good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+
+
+@pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(fill="half"), dict(choose="first"), dict(region="box")])
+def test_wrong_choices(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"): DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
+
+
+# -- loaders, pictures, devices ---------------------------------------------------------------------------------------
+
+class Collate:
+    def __init__(self, inject): self.inject = inject
+    def __call__(self, batch): return self.inject(*torch.utils.data.default_collate(batch))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_do_not_repeat_each_other():
+    "Eight batches of the same images, by four workers in two epochs, in which a small defect may land anywhere."
+    mask = np.zeros((1, 48, 48), np.uint8)
+    mask[0, 20:24, 20:24] = 1
+    pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(p=1, shift=0.5)))
+    data = [(torch.zeros(1, 48, 48), torch.zeros(48, 48, dtype=torch.uint8))] * 8
+    loader = torch.utils.data.DataLoader(data, 2, num_workers=4, collate_fn=Collate(DynamicLabelInjection(pool, fill="all")), generator=seeded(0))
+    labels = [masks for _ in range(2) for _, masks in loader]
+    assert len(labels) == 8 and len({m.numpy().tobytes() for m in labels}) == 8
+
+
+def test_global_generator():
+    images, masks = random_batch(0)
+    inject, results = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(inject(images, masks)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_pickles():
+    images, masks = random_batch(0)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)))
+    assert torch.equal(pickle.loads(pickle.dumps(inject))(images, masks, seeded(0))[0], inject(images, masks, seeded(0))[0])
+
+
+@pytest.mark.parametrize("channels, dtype", [(1, torch.uint8), (3, torch.float32)])
+def test_show_batch(channels, dtype):
+    images, masks = random_batch(0, channels=channels, dtype=dtype)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
+    plan = inject.make_params(masks, seeded(0))
+    fig = show_batch(images, *inject.transform(images, masks, plan), plan, CLASSES)
+    titles = [ax.get_title() for ax in fig.axes[:len(plan)]]
+    assert titles == [f"{CLASSES[k - 1]}\n{'Poisson' if p else 'cut-paste'}" for k, p in zip(plan.label, plan.poisson)]
+    nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
+    assert nothing.axes[0].get_title() == "nothing injected"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_cuda_agrees():
+    images, masks = random_batch(0, channels=3, dtype=torch.float32)
+    for region in ("exact", "image"):
+        inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all", region=region)
+        plan = inject.make_params(masks.cuda(), seeded(0))
+        assert plan == inject.make_params(masks, seeded(0))
+        (a, la), (b, lb) = inject.transform(images.cuda(), masks.cuda(), plan), inject.transform(images, masks, plan)
+        assert a.is_cuda and torch.equal(la.cpu(), lb)
+        torch.testing.assert_close(a.cpu(), b, atol=1e-6, rtol=0)
