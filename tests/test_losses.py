@@ -1,0 +1,256 @@
+"""Losses: they are what the protocol says, their gradients are right, and nothing turns them into NaN."""
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import jaccard_score
+
+from dli.losses import LOSSES, Dice, Lovasz, WeightedBCE, image_weights, lovasz_slopes, make_loss, one_hot, pixel_weights
+
+IMAGES, PIXELS = [92, 68, 46, 26, 82], [700, 10540, 820, 15990, 71950]
+seeds = st.integers(0, 2**31 - 1)
+
+
+def batch(seed, b=2, k=5, h=6, w=7, scale=3.0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(b, k, h, w, generator=g, dtype=dtype) * scale, torch.randint(0, k + 1, (b, h, w), generator=g)
+
+
+def loss_of(name, **kwargs): return make_loss(name, IMAGES, PIXELS, **kwargs)
+
+
+# Targets
+
+@given(seeds, st.integers(1, 7), st.sampled_from([torch.uint8, torch.int32, torch.int64]))
+@settings(deadline=None)
+def test_one_hot_and_back(seed, classes, dtype):
+    masks = torch.randint(0, classes + 1, (2, 5, 4), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    target = one_hot(masks, classes)
+    assert target.shape == (2, classes, 5, 4) and target.sum(1).max() <= 1
+    assert torch.equal((target * torch.arange(1, classes + 1)[:, None, None]).sum(1), masks.long())
+
+
+@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "integers .B, H, W., got torch.float32"), (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
+                                          (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"), (torch.full((1, 2, 2), -1), r"got -1..-1"),
+                                          (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool")])
+def test_one_hot_refuses(masks, words):
+    with pytest.raises(ValueError, match=words): one_hot(masks, 5)
+
+
+# Against formulas written another way, in NumPy
+
+def parts_by_hand(name, logits, masks, dice):
+    p, t = 1 / (1 + np.exp(-logits.numpy())), one_hot(masks, 5).numpy().astype(float)
+    bce = -(t * np.log(p) + (1 - t) * np.log(1 - p))
+    right = np.where(t == 1, p, 1 - p)
+    n, share = np.array(IMAGES), np.array(PIXELS) / sum(PIXELS)
+    w = {"balanced": 0.0001 / (1 - 0.9999 ** n), "wce": (1 - share) / 4}.get(name, np.ones(5))
+    classification = ((1 - right) ** 2 * bce).mean() if name == "focal" else (bce.mean((0, 2, 3)) * w / w.sum()).sum()
+    tp, fp, fn = (p * t), p * (1 - t), (1 - p) * t
+    if name == "tversky":
+        tp, fp, fn = (x.sum((0, 2, 3)) for x in (tp, fp, fn))
+        return classification, np.where(t.sum((0, 2, 3)) > 0, 1 - tp / (tp + 0.3 * fp + 0.7 * fn), 0).mean()
+    axes = (1, 2, 3) if dice == "image" else (0, 1, 2, 3)
+    return classification, (1 - (2 * tp.sum(axes) + 1e-8) / ((p + t).sum(axes) + 1e-8)).mean()
+
+
+@pytest.mark.parametrize("dice", ["image", "batch"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "lovasz"])
+@given(seeds)
+@settings(max_examples=10, deadline=None)
+def test_formula(name, dice, seed):
+    logits, masks = batch(seed)
+    np.testing.assert_allclose([x.item() for x in loss_of(name, dice=dice).parts(logits, masks)], parts_by_hand(name, logits, masks, dice), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_total_is_the_mean_of_the_parts(name):
+    logits, masks = batch(1)
+    classification, overlap = loss_of(name).parts(logits, masks)
+    torch.testing.assert_close(loss_of(name)(logits, masks), (classification + overlap) / 2)
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_lovasz_of_decisions_is_the_jaccard_loss(seed):
+    decisions, masks = batch(seed, k=3)
+    target = one_hot(masks % 3, 3)  # the third class is absent
+    expected = [1 - jaccard_score(target[:, k].flatten(), decisions[:, k].flatten() > 0, zero_division=0.0) for k in range(2)]
+    np.testing.assert_allclose(Lovasz()(decisions.sign() * 60, target.double()).item(), np.mean(expected), rtol=1e-6)
+
+
+def lovasz_by_sets(errors, truth):
+    "The extension as an integral over thresholds: the mean Jaccard loss of the sets {error >= level}."
+    levels = np.r_[np.sort(errors)[::-1], 0]
+    loss = lambda wrong: 1 - (truth & ~wrong).sum() / (truth | wrong).sum()
+    return sum((high - low) * loss(errors >= high) for high, low in zip(levels, levels[1:]))
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_lovasz_of_probabilities_is_the_extension(seed):
+    logits, masks = batch(seed, k=1, b=1)
+    target = one_hot(masks, 1)
+    errors = (target.double() - logits.sigmoid()).abs().flatten().numpy()
+    np.testing.assert_allclose(Lovasz()(logits, target.double()).item(), lovasz_by_sets(errors, target.flatten().numpy()), rtol=1e-8)
+
+
+def test_lovasz_slopes_add_up_to_the_whole_loss():
+    truth = (torch.rand(4, 50, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    torch.testing.assert_close(lovasz_slopes(truth).sum(1), torch.ones(4, dtype=torch.float64))
+    assert (lovasz_slopes(truth) >= 0).all()
+
+
+def test_lovasz_takes_the_mean_over_present_channels():
+    logits, masks = batch(0, k=3)
+    masks[masks == 2] = 0
+    both = [Lovasz()(logits[:, [k]], one_hot(masks, 3)[:, [k]].double()) for k in (0, 2)]
+    torch.testing.assert_close(Lovasz()(logits, one_hot(masks, 3).double()), sum(both) / 2)
+    assert Lovasz()(logits, torch.zeros_like(logits)) == 0
+
+
+def test_dice_is_not_smps():
+    logits, masks = batch(0)
+    target = one_hot(masks, 5).double()
+    values = [Dice("image")(logits, target), Dice("batch")(logits, target), smp.losses.DiceLoss("multilabel")(logits, target)]
+    assert len({round(v.item(), 6) for v in values}) == 3
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_dice_of_one_image_is_the_same_either_way(seed):
+    logits, masks = batch(seed, b=1)
+    torch.testing.assert_close(loss_of("baseline", dice="image")(logits, masks), loss_of("baseline", dice="batch")(logits, masks))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(seeds)
+@settings(max_examples=5, deadline=None)
+def test_order_of_images_does_not_matter(name, seed):
+    logits, masks = batch(seed, b=4)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(loss_of(name)(logits, masks), loss_of(name)(logits[order], masks[order]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(seeds)
+@settings(max_examples=5, deadline=None)
+def test_inputs_are_not_modified(name, seed):
+    logits, masks = batch(seed)
+    before = logits.clone(), masks.clone()
+    loss_of(name)(logits, masks)
+    assert torch.equal(logits, before[0]) and torch.equal(masks, before[1])
+
+
+# Gradients, and numbers that would break them
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(seeds, st.sampled_from(["image", "batch"]))
+@settings(max_examples=4, deadline=None)
+def test_gradient(name, seed, dice):
+    logits, masks = batch(seed, b=2, k=3, h=3, w=3, scale=2.0)
+    masks[masks == 2] = 0
+    masks[1] = 0
+    loss = make_loss(name, [5, 0, 7], [50, 0, 90], dice)
+    assert torch.autograd.gradcheck(lambda x: loss(x, masks), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.0, 1e-6, 88.0, -88.0, 6e4, -6e4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_extremes_are_finite(name, value, dtype):
+    _, masks = batch(0)
+    for truth in (masks, masks * 0, masks * 0 + 5):
+        logits = torch.full((2, 5, 6, 7), value, dtype=dtype, requires_grad=True)
+        result = make_loss(name, [3, 0, 1, 0, 9], [3, 0, 1, 0, 9])(logits, truth)
+        result.backward()
+        assert result.dtype == torch.float32 and 0 <= result < 6.1e4 and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_logits_are_computed_in_float32(name):
+    logits, masks = batch(2)
+    low = logits.bfloat16()
+    torch.testing.assert_close(loss_of(name)(low, masks), loss_of(name)(low.float(), masks), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16): inside = loss_of(name)(low, masks)
+    torch.testing.assert_close(inside, loss_of(name)(low.float(), masks))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_descent_finds_the_masks(name):
+    _, masks = batch(3, dtype=torch.float32)
+    logits = torch.zeros(2, 5, 6, 7, requires_grad=True)
+    optimizer, loss = torch.optim.Adam([logits], lr=0.3), loss_of(name)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss(logits, masks).backward()
+        optimizer.step()
+    assert torch.equal(logits > 0, one_hot(masks, 5))
+
+
+# Weights
+
+counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=8).filter(any)
+
+
+@given(counts)
+def test_weights_sum_to_one_and_are_never_nan(n):
+    for weights in (pixel_weights(n), image_weights(n)):
+        assert len(weights) == len(n) and min(weights) >= 0 and abs(sum(weights) - 1) < 1e-9
+    assert all((w == 0) == (c == 0) for w, c in zip(image_weights(n), n))
+
+
+@given(counts.filter(lambda n: len(n) > 1), st.randoms())
+def test_rarer_never_weighs_less(n, random):
+    for weights, present in ((pixel_weights(n), n), (image_weights(n), n)):
+        pairs = sorted((c, w) for c, w in zip(present, weights) if c)
+        assert all(a[1] >= b[1] - 1e-12 for a, b in zip(pairs, pairs[1:]))
+
+
+def test_a_class_without_pixels_has_the_largest_pixel_weight():
+    assert pixel_weights([0, 5, 10]) == [0.5, pytest.approx(1 / 3), pytest.approx(1 / 6)]
+    assert pixel_weights([7]) == [1.0] and image_weights([7]) == [1.0]
+
+
+def test_equal_counts_are_the_baseline():
+    logits, masks = batch(5)
+    for name in ("balanced", "wce"):
+        torch.testing.assert_close(make_loss(name, [9] * 5, [9] * 5)(logits, masks), make_loss("baseline")(logits, masks))
+
+
+def test_an_absent_class_has_no_part_in_balanced():
+    logits, masks = batch(6)
+    loss = make_loss("balanced", [4, 0, 4, 4, 4]).classification
+    changed = logits.clone()
+    changed[:, 1] += 3
+    assert loss(logits, one_hot(masks, 5).double()) == loss(changed, one_hot(masks, 5).double())
+
+
+@pytest.mark.parametrize("bad", [[0, 0], [], [3, -1], [[1, 2], [3, 4]], [float("nan"), 1.0]])
+@pytest.mark.parametrize("weights, name", [(pixel_weights, "pixels_per_class"), (image_weights, "images_per_class")])
+def test_counts_that_make_no_sense(bad, weights, name):
+    with pytest.raises(ValueError, match=f"{name}: expected one count per class"): weights(bad)
+
+
+# Wrong arguments
+
+@pytest.mark.parametrize("args, words", [(dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, got 'dice'"), (dict(name="wce"), "needs pixels_per_class"),
+                                         (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"), (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'")])
+def test_wrong_arguments(args, words):
+    with pytest.raises(ValueError, match=words): make_loss(**args)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_that_differ(name):
+    logits, masks = batch(0)
+    for other in (masks[:1], masks[:, :-1], masks[:, None]):
+        with pytest.raises(ValueError, match=r"of one size, got \(2, 5, 6, 7\)"): loss_of(name)(logits, other)
+    with pytest.raises(ValueError, match="of one size"): loss_of(name)(logits[0], masks)
+
+
+def test_a_weight_for_each_channel():
+    logits, masks = batch(0, k=4)
+    with pytest.raises(ValueError, match="expected 5 channels, one per class weight, got 4"): loss_of("wce")(logits, masks)
+    with pytest.raises(ValueError, match="expected 2 channels"): WeightedBCE([0.5, 0.5])(logits, logits)
