@@ -135,6 +135,12 @@ def test_order_of_images_does_not_matter(name, seed):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_memory_layout_does_not_matter(name):
+    logits, masks = batch(4)
+    torch.testing.assert_close(loss_of(name)(logits.to(memory_format=torch.channels_last), masks.mT.contiguous().mT), loss_of(name)(logits, masks))
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @given(seeds)
 @settings(max_examples=5, deadline=None)
 def test_inputs_are_not_modified(name, seed):

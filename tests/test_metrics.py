@@ -1,0 +1,281 @@
+"""Metrics: counts are right, pooling is adding, scores are what the protocol says, and undefined is None."""
+import io
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import jaccard_score, roc_auc_score
+
+from dli.data import FREE, synthetic_tiles
+from dli.metrics import alarm_scores, alarm_threshold, count_batch, counts_table, iou_scores, pooled_iou, scores
+
+CLASSES = ["A", "B", "C"]
+seeds = st.integers(0, 2**31 - 1)
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def example(seed, n=6, size=8, k=3):
+    "Logits, masks and a table: an image has defects of one class or is clean; all are drawn at random."
+    g = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, k + 1, (n,), generator=g)
+    masks = (torch.rand(n, size, size, generator=g) < 0.3) * classes[:, None, None]
+    logits = torch.randn(n, k, size, size, generator=g) - 1
+    table = pd.DataFrame({"name": [f"i{i}" for i in range(n)], "class": [[FREE, *CLASSES][c] for c in classes], "tile": range(n)})
+    return logits, masks, table
+
+
+def counted(logits, masks, table): return counts_table(table, count_batch(logits, masks), CLASSES)
+
+
+def perfect(masks, k=3): return torch.stack([(masks == c) * 20.0 - 10 for c in range(1, k + 1)], 1)
+
+
+# Counts
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_counts_by_loops(seed):
+    logits, masks, _ = example(seed)
+    counts = count_batch(logits, masks)
+    for i in range(len(masks)):
+        for k in range(3):
+            said, true = logits[i, k].sigmoid() >= 0.5, masks[i] == k + 1
+            expected = [(said & true).sum(), (said & ~true).sum(), (~said & true).sum()]
+            assert [counts.tp[i, k], counts.fp[i, k], counts.fn[i, k]] == expected
+            assert counts.p_max[i, k] == logits[i, k].sigmoid().max()
+    assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64 and counts.p_max.dtype == torch.float32 and counts.pixels == 64
+
+
+@given(seeds, st.sampled_from([torch.uint8, torch.int32]))
+@settings(max_examples=15, deadline=None)
+def test_types_do_not_matter_and_inputs_stay(seed, dtype):
+    logits, masks, table = example(seed)
+    before = logits.clone(), masks.clone()
+    a, b = counted(logits, masks, table), counted(logits.double(), masks.to(dtype), table)
+    pd.testing.assert_frame_equal(a, b, atol=1e-6)
+    assert torch.equal(logits, before[0]) and torch.equal(masks, before[1])
+
+
+@given(seeds)
+@settings(max_examples=5, deadline=None)
+def test_memory_layout_does_not_matter(seed):
+    logits, masks, table = example(seed)
+    turned = logits.transpose(2, 3).contiguous().transpose(2, 3), masks.transpose(1, 2).contiguous().transpose(1, 2)
+    assert counted(*turned, table).equals(counted(logits, masks, table))
+    assert counted(logits.to(memory_format=torch.channels_last), masks, table).equals(counted(logits, masks, table))
+
+
+def test_a_half_is_predicted_and_less_is_not():
+    logits = torch.tensor([0.0, -1e-3, 1e-3, -50]).reshape(1, 1, 2, 2)
+    counts = count_batch(logits, torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert counts.fp.item() == 2 and counts.p_max.item() > 0.5
+
+
+@given(seeds, st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_batches_do_not_matter(seed, cut):
+    logits, masks, table = example(seed)
+    parts = [counted(logits[part], masks[part], table[part]) for part in (slice(0, cut), slice(cut, None))]
+    assert pd.concat(parts, ignore_index=True).equals(counted(logits, masks, table))
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_pooled_counts_are_those_of_one_large_image(seed):
+    logits, masks, table = example(seed)
+    joined = count_batch(torch.cat(list(logits), 2)[None], torch.cat(list(masks), 1)[None])
+    table = counted(logits, masks, table)
+    for kind in ("tp", "fp", "fn"):
+        assert table[[f"{kind}_{c}" for c in CLASSES]].sum().tolist() == getattr(joined, kind)[0].tolist()
+    assert pooled_iou(table, CLASSES) == pooled_iou(counts_table(pd.DataFrame({"name": ["j"], "class": ["A"], "tile": [0]}), joined, CLASSES), CLASSES)
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_csv_repeats_the_table_exactly(seed):
+    logits, masks, table = example(seed)
+    table = counted(logits * 8, masks, table)
+    again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    assert again.equals(table) and scores(again, CLASSES) == scores(table, CLASSES)
+
+
+def test_the_table_of_samples():
+    tiles = synthetic_tiles(n=60, size=64, seed=0)
+    masks = torch.from_numpy(tiles.masks)
+    table = counts_table(tiles.table, count_batch(perfect(masks, 5), masks), tiles.classes)
+    assert list(table.columns[:4]) == ["name", "class", "tile", "pixels"] and table["name"].tolist() == tiles.table["name"].tolist()
+    assert scores(table, tiles.classes)["iou_macro"] == 1
+
+
+# IoU
+
+@given(seeds)
+@settings(max_examples=40, deadline=None)
+def test_agreement_with_sklearn(seed):
+    logits, masks, table = example(seed)
+    said, true = logits >= 0, torch.stack([masks == c for c in (1, 2, 3)], 1)
+    keep = torch.tensor((table["class"] != FREE).to_numpy())
+    assume(keep.any())
+    result, flat = iou_scores(counted(logits, masks, table), CLASSES), lambda x: x.transpose(0, 1).flatten(1).numpy()
+    y, z = flat(true[keep]), flat(said[keep])
+    assume(all((a | b).any() for a, b in zip(y, z)))
+    assert result["iou_macro"] == pytest.approx(jaccard_score(y.T, z.T, average="macro"))
+    assert result["iou_micro"] == pytest.approx(jaccard_score(y.T, z.T, average="micro"))
+    assert [result[f"iou_{c}"] for c in CLASSES] == pytest.approx(jaccard_score(y.T, z.T, average=None).tolist())
+    for c in CLASSES:
+        some = torch.tensor((table["class"] == c).to_numpy())
+        if not some.any(): continue
+        assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T, average="micro"))
+
+
+@given(seeds)
+@settings(max_examples=40, deadline=None)
+def test_scores_are_in_bounds_flat_and_json(seed):
+    logits, masks, table = example(seed)
+    result = scores(counted(logits, masks, table), CLASSES)
+    assert set(result) == {"iou_macro", "iou_micro", "clean_alarm", "auroc_image", "alarm_at_95", *(f"iou_{c}" for c in CLASSES), *(f"iou_of_images_{c}" for c in CLASSES)}
+    assert all(v is None or type(v) is float and 0 <= v <= 1 for v in result.values())
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_order_of_images_does_not_matter(seed):
+    logits, masks, table = example(seed)
+    table = counted(logits, masks, table)
+    assert scores(table.sample(frac=1, random_state=seed % 1000), CLASSES) == scores(table, CLASSES)
+
+
+def all_kinds():
+    masks = torch.zeros(8, 8, 8, dtype=torch.int64)
+    for i, c in enumerate((1, 1, 2, 2, 3, 3)): masks[i, i:i + 2, :4] = c
+    return masks, pd.DataFrame({"name": list("abcdefgh"), "class": [*"AABBCC", FREE, FREE], "tile": range(8)})
+
+
+def test_a_perfect_prediction():
+    masks, table = all_kinds()
+    result = scores(counted(perfect(masks), masks, table), CLASSES)
+    assert result.pop("clean_alarm") == 0 and result.pop("alarm_at_95") == 0 and set(result.values()) == {1.0}
+
+
+def test_an_empty_prediction():
+    masks, table = all_kinds()
+    result = scores(counted(torch.full((8, 3, 8, 8), -10.0), masks, table), CLASSES)
+    assert all(v == 0 for k, v in result.items() if k.startswith("iou")) and result["clean_alarm"] == 0
+    assert result["auroc_image"] == 0.5 and result["alarm_at_95"] == 1  # all alike: to find any is to alarm all
+
+
+def test_an_inverted_prediction():
+    masks, table = all_kinds()
+    result = scores(counted(-perfect(masks), masks, table), CLASSES)
+    assert all(v == 0 for k, v in result.items() if k.startswith("iou")) and result["clean_alarm"] == 1
+
+
+def test_false_alarms_on_clean_images_do_not_lower_the_iou():
+    masks, table = all_kinds()
+    logits = perfect(masks)
+    logits[6:] = 10
+    result = scores(counted(logits, masks, table), CLASSES)
+    assert result["iou_macro"] == result["iou_micro"] == 1 and result["clean_alarm"] == 1
+
+
+def test_predicting_another_class_costs_both():
+    masks, table = all_kinds()
+    result = scores(counted(perfect(masks)[:, [1, 0, 2]], masks, table), CLASSES)
+    assert (result["iou_A"], result["iou_B"], result["iou_C"]) == (0, 0, 1) and result["iou_macro"] == pytest.approx(1 / 3)
+
+
+# Undefined
+
+def test_a_class_that_is_neither_there_nor_predicted():
+    masks, table = all_kinds()
+    result = scores(counted(perfect(masks), masks, table)[table["class"] != "C"], CLASSES)
+    assert result["iou_C"] is None and result["iou_of_images_C"] is None and result["iou_macro"] == 1
+
+
+def test_a_class_that_is_not_there_but_predicted_is_zero():
+    masks, table = all_kinds()
+    logits = perfect(masks)
+    logits[0, 2, 0, 0] = 10
+    result = scores(counted(logits, masks, table)[table["class"] != "C"], CLASSES)
+    assert result["iou_C"] == 0 and result["iou_macro"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("kept, undefined", [("ABC", {"clean_alarm", "auroc_image", "alarm_at_95"}), ("", None)])
+def test_only_defective_images_or_none(kept, undefined):
+    masks, table = all_kinds()
+    result = scores(counted(perfect(masks), masks, table)[table["class"].isin(list(kept))], CLASSES)
+    assert {k for k, v in result.items() if v is None} == (set(result) if undefined is None else undefined)
+
+
+def test_only_clean_images():
+    masks, table = all_kinds()
+    result = scores(counted(perfect(masks)[6:], masks[6:], table[6:]), CLASSES)
+    assert {k for k, v in result.items() if v is not None} == {"clean_alarm"}
+
+
+# Alarms
+
+@pytest.mark.parametrize("pixels, region, alarm", [(10_000, 1, 0), (10_000, 2, 1), (65_536, 13, 0), (65_536, 14, 1), (128**2, 3, 0), (128**2, 4, 1)])
+def test_the_smallest_region_that_alarms(pixels, region, alarm):
+    table = pd.DataFrame({"class": [FREE], "pixels": pixels, "tp_A": 0, "fp_A": region, "fn_A": 0, "p_A": 0.9, "tp_B": 0, "fp_B": 1, "fn_B": 0, "p_B": 0.9})
+    assert alarm_scores(table, ["A", "B"])["clean_alarm"] == alarm
+
+
+def test_regions_of_two_classes_are_not_added():
+    table = pd.DataFrame({"class": [FREE], "pixels": 10_000} | {f"{kind}_{c}": [n] for c in "AB" for kind, n in dict(tp=0, fp=1, fn=0, p=0.9).items()})
+    assert alarm_scores(table, ["A", "B"])["clean_alarm"] == 0
+
+
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_image_scores_use_the_largest_probability(seed):
+    logits, masks, table = example(seed, n=12)
+    clean = (table["class"] == FREE).to_numpy()
+    assume(0 < clean.sum() < 12)
+    result, p = alarm_scores(counted(logits, masks, table), CLASSES), logits.sigmoid().amax((1, 2, 3)).numpy()
+    assert result["auroc_image"] == pytest.approx(roc_auc_score(~clean, p))
+    levels = [t for t in p if (p[~clean] >= t).mean() >= 0.95]
+    assert result["alarm_at_95"] == pytest.approx((p[clean] >= max(levels)).mean())
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.integers(1, 100))
+def test_the_threshold_finds_enough_and_is_the_largest(values, found):
+    values, limit = np.array(values), alarm_threshold(np.array(values), found)
+    assert (values >= limit).sum() * 100 >= found * len(values)
+    assert (values > limit).sum() * 100 < found * len(values)
+
+
+# Wrong arguments
+
+def test_shapes_that_differ():
+    logits, masks, table = example(0)
+    for a, b in ((logits, masks[1:]), (logits[0], masks), (logits, masks[:, 1:])):
+        with pytest.raises(ValueError, match="of one size"): count_batch(a, b)
+    counts = count_batch(logits, masks)
+    with pytest.raises(ValueError, match=r"= \(5, 3\), got \(6, 3\)"): counts_table(table[1:], counts, CLASSES)
+    with pytest.raises(ValueError, match=r"= \(6, 2\), got \(6, 3\)"): counts_table(table, counts, CLASSES[1:])
+
+
+def test_nan_and_infinity():
+    logits, masks, _ = example(0)
+    logits[2, 1, 3, 3] = torch.inf
+    assert count_batch(logits, masks).p_max[2, 1] == 1
+    logits[2, 1, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN. Has the training diverged"): count_batch(logits, masks)
+
+
+def test_a_column_that_is_missing_is_named():
+    logits, masks, table = example(0)
+    with pytest.raises(ValueError, match="missing .'tp_Fray'"): scores(counted(logits, masks, table), [*CLASSES, "Fray"])
