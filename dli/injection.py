@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'PATIENCE', 'CHOICES', 'DonorTransform', 'donor_room', 'donor_reach', 'Donor',
            'crop_axis', 'central_pixel', 'cut_donor', 'default_margin', 'class_transforms', 'cut_donors', 'DonorPool',
-           'class_presence', 'find_clean', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map', 'fit_offset',
-           'land_anchors', 'InjectionPlan', 'draw_plan', 'sample_bilinear', 'target_window', 'place_donor', 'fit_patch',
-           'blend_patch', 'check_batch', 'check_masks', 'check_values', 'InjectionStats', 'explain_nothing',
-           'update_stats', 'plan_batch', 'check_plan', 'inject_donor', 'InjectionChoices', 'DynamicLabelInjection',
-           'show_batch']
+           'any_pixel', 'class_presence', 'find_clean', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map',
+           'fit_offset', 'land_anchors', 'InjectionPlan', 'read_columns', 'describe_injection', 'draw_plan',
+           'sample_bilinear', 'target_window', 'place_donor', 'fit_patch', 'blend_patch', 'check_masks', 'check_values',
+           'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_plan',
+           'inject_donor', 'InjectionChoices', 'DynamicLabelInjection', 'show_batch']
 
 # %% ../nbs/02_injection.ipynb #02-injection-002
 import json
 import math
 import warnings
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass
 from typing import Mapping
 
 import matplotlib.pyplot as plt
@@ -163,11 +163,12 @@ class DonorPool:
         transforms: Mapping[str, DonorTransform] | None = None,  # by class name; None: `MT_TRANSFORMS`; others get `DonorTransform()`
         margin: int | None = None,  # pixels by which Poisson's region exceeds the mask; None: see `default_margin`
     ):
-        "Raises ValueError when there is no defect in the samples."
+        "Raises ValueError when the samples hold no defect, or a transform is named after no class."
         self.classes = tuple(samples.classes)
         self.size = tuple(samples.masks.shape[1:])
         self.channels = 1 if samples.images.ndim == 3 else 3
         self.margin = default_margin(self.size) if margin is None else margin
+        if self.margin < 0: raise ValueError(f"margin: expected 0 or more pixels, got {self.margin}")
         self.transforms = class_transforms(self.classes, transforms)
         self.donors = cut_donors(samples, self.transforms, self.margin)
         if not self.donors:
@@ -187,21 +188,30 @@ class DonorPool:
         return f"DonorPool({', '.join(f'{n} {c}' for c, n in self.counts.items())}; margin {self.margin}, {size:.1f} MB)"
 
 # %% ../nbs/02_injection.ipynb #02-injection-032
+def any_pixel(
+    flags: torch.Tensor,  # bool (B, H, W)
+) -> np.ndarray:  # bool (B,)
+    "Which images have a true pixel (the largest byte is found a hundred times faster than any true bool)."
+    return flags.view(torch.uint8).flatten(1).amax(1).cpu().numpy() > 0
+
+# %% ../nbs/02_injection.ipynb #02-injection-033
 def class_presence(
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
     classes: int,  # K
 ) -> np.ndarray:  # bool (B, K)
     "Which image shows which class."
-    return torch.stack([(masks == k).flatten(1).any(1) for k in range(1, classes + 1)], 1).cpu().numpy()
+    present, defective = np.zeros((len(masks), classes), bool), any_pixel(masks != 0)
+    for k in range(classes): present[defective, k] = any_pixel(masks[torch.from_numpy(defective)] == k + 1)
+    return present
 
-# %% ../nbs/02_injection.ipynb #02-injection-033
+# %% ../nbs/02_injection.ipynb #02-injection-034
 def find_clean(
     masks: torch.Tensor,  # integer (B, H, W)
 ) -> np.ndarray:  # int: the indices of the defect-free images
     "Images whose mask is all zero."
-    return np.flatnonzero(~(masks != 0).flatten(1).any(1).cpu().numpy())
+    return np.flatnonzero(~any_pixel(masks != 0))
 
-# %% ../nbs/02_injection.ipynb #02-injection-036
+# %% ../nbs/02_injection.ipynb #02-injection-037
 def pick_rarest(
     counts: np.ndarray,  # int (K,): images of the batch that show each class
     open: np.ndarray,  # bool (K,), at least one true: classes that may be picked
@@ -211,7 +221,7 @@ def pick_rarest(
     rarest = np.flatnonzero(open & (counts == counts[open].min()))
     return int(rarest[torch.randint(len(rarest), (), generator=generator)])
 
-# %% ../nbs/02_injection.ipynb #02-injection-037
+# %% ../nbs/02_injection.ipynb #02-injection-038
 def choose_labels(
     counts: np.ndarray,  # int (K,): images of the batch that show each class
     donors: np.ndarray,  # int (K,): donors of each class
@@ -228,7 +238,7 @@ def choose_labels(
         counts[labels[-1] - 1] += 1
     return labels
 
-# %% ../nbs/02_injection.ipynb #02-injection-043
+# %% ../nbs/02_injection.ipynb #02-injection-044
 def draw_donors(
     pool: DonorPool,  # has donors of each class asked for
     labels: list[int],  # 1..K for each injection
@@ -243,7 +253,7 @@ def draw_donors(
         drawn[wanted] = own[order[:wanted.sum()]]
     return drawn
 
-# %% ../nbs/02_injection.ipynb #02-injection-046
+# %% ../nbs/02_injection.ipynb #02-injection-047
 def linear_map(
     hflip: np.ndarray,  # bool (...)
     vflip: np.ndarray,  # bool (...)
@@ -255,7 +265,7 @@ def linear_map(
     c, s = scale * np.cos(turn), scale * np.sin(turn)
     return np.stack([np.stack([c * y, -s * x], -1), np.stack([s * y, c * x], -1)], -2)
 
-# %% ../nbs/02_injection.ipynb #02-injection-049
+# %% ../nbs/02_injection.ipynb #02-injection-050
 def fit_offset(
     start: np.ndarray,  # of the mask's box along an axis (...)
     length: np.ndarray,  # of the box
@@ -266,7 +276,7 @@ def fit_offset(
     slack = donor - length
     return np.where(slack > 0, start * (target - length) / np.maximum(slack, 1) - start, 0.0)
 
-# %% ../nbs/02_injection.ipynb #02-injection-052
+# %% ../nbs/02_injection.ipynb #02-injection-053
 def land_anchors(
     donors: list[Donor],  # n of them
     size: tuple[int, int],  # of the donor images: height, width
@@ -284,7 +294,7 @@ def land_anchors(
     landed = centre + moved + fit_offset(start, length, size, target)
     return np.clip(np.round(landed), 0, target - 1).astype(int)
 
-# %% ../nbs/02_injection.ipynb #02-injection-055
+# %% ../nbs/02_injection.ipynb #02-injection-056
 @dataclass(frozen=True, eq=False)
 class InjectionPlan:
     "What is injected where: n injections as arrays of length n."
@@ -305,31 +315,43 @@ class InjectionPlan:
     def __eq__(self, other) -> bool:
         return isinstance(other, InjectionPlan) and self.to_json() == other.to_json()
 
+    def __repr__(self) -> str:
+        return "\n".join([f"InjectionPlan: {len(self)} injections", *(describe_injection(self, i) for i in range(len(self)))])
+
     def to_json(self) -> str:
         "As JSON text, exact to the last bit."
         return json.dumps({name: column.tolist() for name, column in vars(self).items()})
 
     @classmethod
     def from_json(cls, text: str) -> "InjectionPlan":
-        "The plan that `to_json` wrote. Raises ValueError when something is missing or too much."
-        columns, names = json.loads(text), [f.name for f in fields(cls)]
-        if set(columns) != set(names): raise ValueError(f"InjectionPlan: expected {names}, got {sorted(columns)}")
-        return cls(*(np.array(columns[name], PLAN_TYPES[name]) for name in names))
+        "The plan that `to_json` wrote."
+        return cls(**read_columns(json.loads(text)))
 
-    def __repr__(self) -> str:
-        return "\n".join([f"InjectionPlan: {len(self)} injections", *map(self.describe, range(len(self)))])
-
-    def describe(self, i: int) -> str:
-        "Injection `i` in a line."
-        mirrored = "".join(f", {word}" for word, flip in (("mirrored", self.hflip[i]), ("upside down", self.vflip[i])) if flip)
-        turned = f", turned {self.angle[i]:.1f} deg, scaled {self.scale[i]:.2f}" if (self.angle[i], self.scale[i]) != (0, 1) else ""
-        return (f"  image {self.target[i]} <- donor {self.donor[i]} (class {self.label[i]}) at y {self.y[i]}, x {self.x[i]}"
-                f"{mirrored}{turned}, {'Poisson' if self.poisson[i] else 'cut-paste'}")
-
-# %% ../nbs/02_injection.ipynb #02-injection-056
+# %% ../nbs/02_injection.ipynb #02-injection-057
 PLAN_TYPES = dict(target=int, donor=int, label=int, hflip=bool, vflip=bool, angle=float, scale=float, y=int, x=int, poisson=bool)
 
 # %% ../nbs/02_injection.ipynb #02-injection-058
+def read_columns(
+    columns: dict[str, list],  # as in the JSON of a plan
+) -> dict[str, np.ndarray]:  # as in the plan
+    "Lists to arrays. Raises ValueError when a column is missing, too much, or of another length."
+    if set(columns) != set(PLAN_TYPES) or len({len(c) for c in columns.values()}) != 1:
+        raise ValueError(f"InjectionPlan: expected {', '.join(PLAN_TYPES)}, all of one length; "
+                         f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
+    return {name: np.array(columns[name], kind) for name, kind in PLAN_TYPES.items()}
+
+# %% ../nbs/02_injection.ipynb #02-injection-059
+def describe_injection(
+    plan: InjectionPlan,
+    i: int,  # which
+) -> str:
+    "An injection in a line."
+    mirrored = "".join(f", {word}" for word, flip in (("mirrored", plan.hflip[i]), ("upside down", plan.vflip[i])) if flip)
+    turned = f", turned {plan.angle[i]:.1f} deg, scaled {plan.scale[i]:.2f}" if (plan.angle[i], plan.scale[i]) != (0, 1) else ""
+    return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
+            f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
+
+# %% ../nbs/02_injection.ipynb #02-injection-061
 def draw_plan(
     pool: DonorPool,
     targets: np.ndarray,  # int (n,): images of the batch
@@ -352,7 +374,7 @@ def draw_plan(
     y, x = land_anchors(chosen, pool.size, size, maps, flips, shifts).T if chosen else np.zeros((2, 0), int)
     return InjectionPlan(np.asarray(targets), np.asarray(donors), pool.labels[donors], hflip, vflip, angle, factor, y, x, u[:, 7] < p_poisson)
 
-# %% ../nbs/02_injection.ipynb #02-injection-062
+# %% ../nbs/02_injection.ipynb #02-injection-065
 def sample_bilinear(
     image: np.ndarray,  # (..., h, w)
     y: np.ndarray,  # float64 (m, n): rows
@@ -362,11 +384,12 @@ def sample_bilinear(
     (y, y0, y1), (x, x0, x1) = ((t, t.astype(int), np.minimum(t.astype(int) + 1, n - 1))
                                 for t, n in zip((y.clip(0, image.shape[-2] - 1), x.clip(0, image.shape[-1] - 1)), image.shape[-2:]))
     fy, fx = y - y0, x - x0
+    if not fy.any() and not fx.any(): return image[..., y0, x0].astype(float)  # whole pixels: a copy
     upper = image[..., y0, x0] * (1 - fx) + image[..., y0, x1] * fx
     lower = image[..., y1, x0] * (1 - fx) + image[..., y1, x1] * fx
     return upper * (1 - fy) + lower * fy
 
-# %% ../nbs/02_injection.ipynb #02-injection-064
+# %% ../nbs/02_injection.ipynb #02-injection-067
 def target_window(
     donor: Donor,
     matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
@@ -381,7 +404,7 @@ def target_window(
     low, high = np.floor(landed.min(0)).astype(int) - room, np.ceil(landed.max(0)).astype(int) + room + 1
     return tuple(slice(min(max(a, 0), n), min(max(b, 0), n)) for a, b, n in zip(low, high, size))
 
-# %% ../nbs/02_injection.ipynb #02-injection-065
+# %% ../nbs/02_injection.ipynb #02-injection-068
 def place_donor(
     donor: Donor,
     matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
@@ -396,7 +419,7 @@ def place_donor(
     inside = (y >= -0.5) & (y <= h - 0.5) & (x >= -0.5) & (x <= w - 0.5)
     return image, inside & (sample_bilinear(donor.mask, y, x) >= 0.5)
 
-# %% ../nbs/02_injection.ipynb #02-injection-069
+# %% ../nbs/02_injection.ipynb #02-injection-072
 def fit_patch(
     patch: np.ndarray,  # float64 (C, h, w) in 0..255
     like: torch.Tensor,  # (C', H, W) uint8, or float in 0..1
@@ -406,7 +429,7 @@ def fit_patch(
     if like.dtype != torch.uint8: patch = patch / 255
     return patch.expand(len(like), -1, -1)[None].to(like.device)
 
-# %% ../nbs/02_injection.ipynb #02-injection-070
+# %% ../nbs/02_injection.ipynb #02-injection-073
 def blend_patch(
     image: torch.Tensor,  # (C, H, W), the target: altered in place
     patch: torch.Tensor,  # (1, C, h, w), the donor over the window
@@ -425,7 +448,25 @@ def blend_patch(
         src[(..., *window)], mask[(..., *window)] = patch, region
         image.copy_(poisson_blend_image(image[None], src, mask, mix_gradients)[0])
 
-# %% ../nbs/02_injection.ipynb #02-injection-072
+# %% ../nbs/02_injection.ipynb #02-injection-075
+def check_masks(
+    masks: torch.Tensor,  # expected: (B, H, W), any integer type
+) -> None:
+    "Raise a ValueError that says what was expected and what came."
+    if masks.ndim != 3 or masks.dtype.is_floating_point or masks.dtype == torch.bool:
+        raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}")
+
+# %% ../nbs/02_injection.ipynb #02-injection-076
+def check_values(
+    images: torch.Tensor,  # expected: floats in 0..1, or uint8
+) -> None:
+    "Raise a ValueError for floats outside [0, 1]; rounding is forgiven."
+    if images.dtype == torch.uint8 or not images.numel(): return
+    low, high = (x.item() for x in images.aminmax())
+    if not (low >= -1e-4 and high <= 1 + 1e-4):
+        raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: inject before normalising")
+
+# %% ../nbs/02_injection.ipynb #02-injection-077
 def check_batch(
     images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
     masks: torch.Tensor,  # expected: (B, H, W), any integer type, on the same device
@@ -442,26 +483,9 @@ def check_batch(
     if masks.shape != images[:, 0].shape or masks.device != images.device:
         raise ValueError(f"masks: expected {tuple(images[:, 0].shape)} on {images.device} like the images, "
                          f"got {tuple(masks.shape)} on {masks.device}")
+    check_values(images)
 
-# %% ../nbs/02_injection.ipynb #02-injection-073
-def check_masks(
-    masks: torch.Tensor,  # expected: (B, H, W), any integer type
-) -> None:
-    "Raise a ValueError that says what was expected and what came."
-    if masks.ndim != 3 or masks.dtype.is_floating_point or masks.dtype == torch.bool:
-        raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}")
-
-# %% ../nbs/02_injection.ipynb #02-injection-074
-def check_values(
-    images: torch.Tensor,  # expected: floats in 0..1, or uint8
-) -> None:
-    "Raise a ValueError for floats outside [0, 1]; rounding is forgiven."
-    if images.dtype == torch.uint8 or not images.numel(): return
-    low, high = (x.item() for x in images.aminmax())
-    if not (low >= -1e-4 and high <= 1 + 1e-4):
-        raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: inject before normalising")
-
-# %% ../nbs/02_injection.ipynb #02-injection-077
+# %% ../nbs/02_injection.ipynb #02-injection-080
 @dataclass
 class InjectionStats:
     "What an injection has done so far, in this process (each worker of a loader counts for itself)."
@@ -471,7 +495,7 @@ class InjectionStats:
     clean: int = 0            # of those: defect-free before the injection
     empty: int = 0            # injections of which nothing was left, so that image and label stayed as they were
 
-# %% ../nbs/02_injection.ipynb #02-injection-078
+# %% ../nbs/02_injection.ipynb #02-injection-081
 def explain_nothing(
     stats: InjectionStats,  # with no injection
 ) -> str:
@@ -482,10 +506,10 @@ def explain_nothing(
         return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
-# %% ../nbs/02_injection.ipynb #02-injection-079
+# %% ../nbs/02_injection.ipynb #02-injection-082
 PATIENCE = 50  # batches without any injection before the warning
 
-# %% ../nbs/02_injection.ipynb #02-injection-080
+# %% ../nbs/02_injection.ipynb #02-injection-083
 def update_stats(
     stats: InjectionStats,  # altered
     pool: DonorPool,
@@ -494,14 +518,15 @@ def update_stats(
     plan: InjectionPlan,  # what was to be done
 ) -> None:
     "Count what was done; warn once when there was nothing to count for `PATIENCE` batches."
-    seen = (after[torch.as_tensor(plan.target)] != 0).flatten(1).any(1).cpu().numpy()
+    seen = any_pixel(after[torch.as_tensor(plan.target)] != 0)
     for k in plan.label[seen]: stats.injected[pool.classes[k - 1]] += 1
     stats.batches, stats.images = stats.batches + 1, stats.images + len(before)
     stats.clean, stats.empty = stats.clean + len(find_clean(before)), stats.empty + int((~seen).sum())
     if stats.batches == PATIENCE and not any(stats.injected.values()):
-        warnings.warn(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: {explain_nothing(stats)} ({pool})", stacklevel=3)
+        warnings.warn(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: "
+                      f"{explain_nothing(stats)} ({pool})", stacklevel=3)
 
-# %% ../nbs/02_injection.ipynb #02-injection-082
+# %% ../nbs/02_injection.ipynb #02-injection-085
 def plan_batch(
     pool: DonorPool,
     masks: torch.Tensor,  # (B, H, W), any integer type
@@ -519,7 +544,7 @@ def plan_batch(
     targets = clean[torch.randperm(len(clean), generator=generator).numpy()[:len(labels)]]
     return draw_plan(pool, targets, draw_donors(pool, labels, generator), tuple(masks.shape[1:]), p_poisson, generator)
 
-# %% ../nbs/02_injection.ipynb #02-injection-084
+# %% ../nbs/02_injection.ipynb #02-injection-087
 def check_plan(
     plan: InjectionPlan,
     pool: DonorPool,
@@ -530,7 +555,7 @@ def check_plan(
         raise ValueError(f"plan: expected images below {batch} and donors below {len(pool)}, got image {plan.target.max()} and "
                          f"donor {plan.donor.max()}: apply a plan to the batch and with the pool it was made for")
 
-# %% ../nbs/02_injection.ipynb #02-injection-085
+# %% ../nbs/02_injection.ipynb #02-injection-088
 def inject_donor(
     image: torch.Tensor,  # (C, H, W): altered in place
     mask: torch.Tensor,  # integer (H, W): altered in place
@@ -552,10 +577,10 @@ def inject_donor(
     blend_patch(image, fit_patch(patch, image), grown, window, poisson, mix_gradients, region == "image")
     mask[window][(grown if grow_label else placed)[0]] = int(plan.label[i])
 
-# %% ../nbs/02_injection.ipynb #02-injection-089
+# %% ../nbs/02_injection.ipynb #02-injection-092
 CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
 
-# %% ../nbs/02_injection.ipynb #02-injection-090
+# %% ../nbs/02_injection.ipynb #02-injection-093
 @dataclass(eq=False)
 class InjectionChoices:
     "What to inject and how. Raises ValueError for an unknown choice."
@@ -573,7 +598,7 @@ class InjectionChoices:
             if (value := getattr(self, name)) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
 
-# %% ../nbs/02_injection.ipynb #02-injection-093
+# %% ../nbs/02_injection.ipynb #02-injection-096
 class DynamicLabelInjection(InjectionChoices):
     "Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`."
 
@@ -594,7 +619,6 @@ class DynamicLabelInjection(InjectionChoices):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given
         "Apply a plan; the same plan gives the same result to the last bit. Raises ValueError when the arguments do not fit."
         check_batch(images, masks, self.pool.channels)
-        check_values(images)
         check_plan(plan, self.pool, len(images))
         images, masks = images.clone(), masks.clone()
         for i, t in enumerate(plan.target):
@@ -610,7 +634,7 @@ class DynamicLabelInjection(InjectionChoices):
 
     forward = __call__
 
-# %% ../nbs/02_injection.ipynb #02-injection-099
+# %% ../nbs/02_injection.ipynb #02-injection-102
 def show_batch(
     before: torch.Tensor,  # (B, C, H, W), the images given
     after: torch.Tensor,  # (B, C, H, W), the images returned
@@ -626,7 +650,7 @@ def show_batch(
     if n == 0: axes[0, 0].set_title("nothing injected", fontsize=7)
     for i, t in enumerate(plan.target[:n]):
         for ax, x in zip(axes[:, i], (before, after)):
-            ax.imshow(x[t].cpu().permute(1, 2, 0), cmap="gray", vmin=0, vmax=255 if x.dtype == torch.uint8 else 1)
+            ax.imshow(x[t].cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255 if x.dtype == torch.uint8 else 1)
         draw_contours(axes[1, i], masks[t].cpu().numpy(), linewidth=0.7)
         axes[0, i].set_title(f"{classes[plan.label[i] - 1]}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}", fontsize=7)
     fig.tight_layout(pad=0.3)
