@@ -12,6 +12,9 @@ ifneq ($(wildcard ../shared/magnetic-tile),)
 export DLI_DATA ?= $(abspath ../shared/magnetic-tile)
 endif
 
+# Threads that wait asleep: on a machine that does other work too, spinning ones make training several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install run test test-slow docs readme prepare
 
 help: ## this list

@@ -27,7 +27,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -155,7 +155,7 @@ MT_URL = "https://github.com/abin24/Magnetic-tile-defect-datasets./archive/refs/
 # %% ../nbs/00_data.ipynb #00-data-021
 def read_index() -> pd.DataFrame:
     "A row per photograph, by number: name, class, number, exposure, width, height, SHA-256 of its jpg and png."
-    return pd.read_csv(files("dli") / "magnetic_tiles.csv")
+    return pd.read_csv(Path(find_spec("dli.data").origin).with_name("magnetic_tiles.csv"))
 
 # %% ../nbs/00_data.ipynb #00-data-024
 def cache_folder() -> Path:
