@@ -12,9 +12,6 @@ ifneq ($(wildcard ../shared/magnetic-tile),)
 export DLI_DATA ?= $(abspath ../shared/magnetic-tile)
 endif
 
-# Threads that wait asleep: on a machine that does other work too, spinning ones make training several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: help install run test test-slow docs readme prepare
 
 help: ## this list
@@ -32,6 +29,9 @@ install: .venv/installed ## make .venv, install the package with its dev tools, 
 run: install ## one training run: make run METHOD=dli (also PRESET=, SEED=, NAME=)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/experiments.ipynb runs/$(NAME).ipynb -p method $(METHOD) -p preset $(PRESET) -p seed $(SEED) --log-output
+
+# One thread a process: two that share two cores and spin while they wait are several times slower than one.
+test test-slow: export OMP_NUM_THREADS = 1
 
 test: install ## exports and README fresh, notebooks, pytest
 	$(BIN)/nbdev_test --n_workers 2 --do_print
