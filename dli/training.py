@@ -414,6 +414,7 @@ def fit(config: RunConfig, train: Samples, val: Samples, progress: bool = True) 
             if step + 1 in stops:
                 _evaluate(done, val, step + 1, rate(config, step), losses, start)
                 bar.set_postfix(loss=f"{np.mean(losses):.3f}", iou=_short(done.curve[-1]["iou_macro"]))
+                if progress: bar.write(f"{config.method} step {step + 1}/{config.steps}: {bar.postfix}, {time.perf_counter() - start:.0f} s")
                 losses = []
     done.seconds["total"] = time.perf_counter() - start
     return done
