@@ -2,6 +2,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def test_readme_is_fresh(tmp_path):
 def test_parameters_tag_survives_cleaning(copy):
     cells = json.loads((copy / "nbs/experiments.ipynb").read_text())["cells"]
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_title_cell_holds_title_and_description_only(path):
+    "nbdev makes front matter of that cell: anything else in it would be missing from the site."
+    cells = json.loads(path.read_text())["cells"]
+    title = "".join(next(c for c in cells if c["cell_type"] == "markdown")["source"])
+    assert re.fullmatch(r"# .+\n\n> .+", title.strip())
 
 
 def papermill(cwd, *parameters):
