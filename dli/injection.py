@@ -621,8 +621,7 @@ class DynamicLabelInjection(InjectionChoices):
         check_batch(images, masks, self.pool.channels)
         check_plan(plan, self.pool, len(images))
         images, masks = images.clone(), masks.clone()
-        for i, t in enumerate(plan.target):
-            inject_donor(images[t], masks[t], self.pool, plan, i, self.mix_gradients, self.region, self.grow_label)
+        for i, t in enumerate(plan.target): inject_donor(images[t], masks[t], self.pool, plan, i, self.mix_gradients, self.region, self.grow_label)
         return images, masks
 
     def __call__(self, images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator | None = None):

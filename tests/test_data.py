@@ -155,6 +155,7 @@ def test_harmless_files_are_fine(small, harmless):
     (small / harmless).parent.mkdir(exist_ok=True)
     (small / harmless).write_bytes(b"x")
     data.verify_magnetic_tiles(small)
+    assert data.find_problems(small, data.read_index()) == []
 
 
 def test_folder_above_is_recognised(small, tmp_path):

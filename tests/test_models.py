@@ -146,7 +146,8 @@ def test_the_whole_mobileone_is_loaded(tmp_path):
 def test_files_without_batch_counters_are_loaded(tmp_path):
     state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "w.pth")
-    lightweight_unet("resnet18", weights=tmp_path / "w.pth")
+    model = lightweight_unet("resnet18", weights=tmp_path / "w.pth")
+    assert torch.equal(model.encoder.conv1.weight, state["conv1.weight"])
 
 
 @pytest.mark.parametrize("alter, words", [
@@ -219,7 +220,7 @@ def test_the_cache_needs_no_network(tmp_path, monkeypatch, random_models):
     save_file(random_models["resnet18"].encoder.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(models, "hf_hub_download", lambda *a, **k: str(tmp_path / "model.safetensors"))
     monkeypatch.setattr(models, "get_hf_file_metadata", lambda *a, **k: pytest.fail("asked the network"))
-    lightweight_unet("resnet18")
+    assert torch.equal(lightweight_unet("resnet18").encoder.conv1.weight, random_models["resnet18"].encoder.conv1.weight)
 
 
 def test_a_hub_that_never_answers_is_given_up(no_cache, monkeypatch):
