@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'PATIENCE', 'CHOICES', 'DonorTransform', 'donor_room', 'donor_reach', 'Donor',
-           'crop_axis', 'central_pixel', 'cut_donor', 'default_margin', 'class_transforms', 'cut_donors', 'DonorPool',
-           'any_pixel', 'class_presence', 'find_clean', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map',
+           'crop_axis', 'central_pixel', 'cut_donor', 'mask_extent', 'default_margin', 'class_transforms', 'cut_donors',
+           'DonorPool', 'find_clean', 'class_presence', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map',
            'fit_offset', 'land_anchors', 'InjectionPlan', 'read_columns', 'describe_injection', 'draw_plan',
-           'sample_bilinear', 'target_window', 'place_donor', 'fit_patch', 'blend_patch', 'check_masks', 'check_values',
+           'target_windows', 'place_straight', 'bilinear', 'sample_turned', 'place_turned', 'place_donor', 'Placement',
+           'fit_patch', 'place_donors', 'blend_all', 'blend_whole', 'write_label', 'check_masks', 'check_values',
            'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_plan',
-           'inject_donor', 'InjectionChoices', 'DynamicLabelInjection', 'show_batch']
+           'InjectionChoices', 'DynamicLabelInjection', 'show_batch']
 
-# %% ../nbs/02_injection.ipynb #02-injection-002
+# %% ../nbs/02_injection.ipynb #02-injection-003
 import json
 import math
 import warnings
@@ -22,11 +23,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numba import njit
 
 from .blending import POISSON_DTYPES, bounding_box, cut_paste, grow_mask, poisson_blend, poisson_blend_image
 from .data import Samples, draw_contours
 
-# %% ../nbs/02_injection.ipynb #02-injection-008
+# %% ../nbs/02_injection.ipynb #02-injection-009
 @dataclass(frozen=True)
 class DonorTransform:
     "The ranges of a class's random affine transform, which is of the whole donor image, about its centre."
@@ -41,7 +43,7 @@ class DonorTransform:
             if not 0 <= (value := getattr(self, name)) <= limit:
                 raise ValueError(f"DonorTransform: expected 0 <= {name} <= {limit}, got {value}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-010
+# %% ../nbs/02_injection.ipynb #02-injection-011
 MT_TRANSFORMS = {
     "Blowhole": DonorTransform(),
     "Break": DonorTransform(p=0),
@@ -50,7 +52,7 @@ MT_TRANSFORMS = {
     "Uneven": DonorTransform(p=0),
 }
 
-# %% ../nbs/02_injection.ipynb #02-injection-012
+# %% ../nbs/02_injection.ipynb #02-injection-013
 def donor_room(
     transform: DonorTransform,  # of the donor's class
     margin: int,  # pixels by which Poisson's region exceeds the mask
@@ -59,7 +61,7 @@ def donor_room(
     if transform.p == 0: return margin + 1
     return math.ceil((margin + 1) * math.sqrt(2) / (1 - transform.scale)) + 1
 
-# %% ../nbs/02_injection.ipynb #02-injection-013
+# %% ../nbs/02_injection.ipynb #02-injection-014
 def donor_reach(
     transform: DonorTransform,  # of the donor's class
     length: int,  # pixels of the image along an axis
@@ -71,7 +73,7 @@ def donor_reach(
     inner = shrink * (length / 2 * math.cos(turn) - other / 2 * math.sin(turn)) - transform.shift * length
     return math.ceil((length / 2 - inner) / shrink) + 1
 
-# %% ../nbs/02_injection.ipynb #02-injection-016
+# %% ../nbs/02_injection.ipynb #02-injection-017
 @dataclass(frozen=True, eq=False)
 class Donor:
     "A defect cut out of its image. All coordinates are (y, x), in pixels of the donor image."
@@ -83,7 +85,7 @@ class Donor:
     anchor: tuple[int, int]        # a pixel of the mask near its centre: what a plan says the place of
     box: tuple[int, int, int, int] # of the mask: top, left, height, width
 
-# %% ../nbs/02_injection.ipynb #02-injection-018
+# %% ../nbs/02_injection.ipynb #02-injection-019
 def crop_axis(
     first: int,  # of the mask along this axis
     last: int,  # of the mask
@@ -96,7 +98,7 @@ def crop_axis(
     stop = length + reach if last == length - 1 else min(last + 1 + room, length)
     return start, np.pad(np.arange(length), reach, mode="reflect")[start + reach:stop + reach]
 
-# %% ../nbs/02_injection.ipynb #02-injection-020
+# %% ../nbs/02_injection.ipynb #02-injection-021
 def central_pixel(
     mask: np.ndarray,  # bool (H, W), not empty
 ) -> tuple[int, int]:  # (y, x)
@@ -105,7 +107,7 @@ def central_pixel(
     y, x = pixels[((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
     return int(y), int(x)
 
-# %% ../nbs/02_injection.ipynb #02-injection-021
+# %% ../nbs/02_injection.ipynb #02-injection-022
 def cut_donor(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # bool (H, W), the pixels of one class, not empty
@@ -123,14 +125,20 @@ def cut_donor(
     box = (rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
     return Donor(name, label, np.ascontiguousarray(crop), mask[np.ix_(ys, xs)], (y, x), central_pixel(mask), box)
 
-# %% ../nbs/02_injection.ipynb #02-injection-024
+# %% ../nbs/02_injection.ipynb #02-injection-025
+def mask_extent(donor: Donor) -> np.ndarray:  # int (2, 2): first and last row; first and last column
+    "How far the mask of a crop (what is mirrored included) reaches from the anchor."
+    sides = bounding_box(donor.mask, room=0)
+    return np.array([(s.start, s.stop - 1) for s in sides]) + np.subtract(donor.corner, donor.anchor)[:, None]
+
+# %% ../nbs/02_injection.ipynb #02-injection-028
 def default_margin(
     size: tuple[int, int],  # height, width of the images, pixels
 ) -> int:  # pixels
     "Two pixels at 256, in proportion elsewhere, at least one."
     return max(round(2 * max(size) / 256), 1)
 
-# %% ../nbs/02_injection.ipynb #02-injection-025
+# %% ../nbs/02_injection.ipynb #02-injection-029
 def class_transforms(
     classes: tuple[str, ...],  # of the samples
     transforms: Mapping[str, DonorTransform] | None,  # by class name; None: `MT_TRANSFORMS`
@@ -140,7 +148,7 @@ def class_transforms(
         raise ValueError(f"transforms: expected class names out of {classes}, got {unknown}")
     return [(MT_TRANSFORMS if transforms is None else transforms).get(c, DonorTransform()) for c in classes]
 
-# %% ../nbs/02_injection.ipynb #02-injection-026
+# %% ../nbs/02_injection.ipynb #02-injection-030
 def cut_donors(
     samples: Samples,  # the training part
     transforms: list[DonorTransform],  # one per class
@@ -153,7 +161,7 @@ def cut_donors(
             donors.append(cut_donor(image, mask == k, transforms[k - 1], margin, str(name), int(k)))
     return donors
 
-# %% ../nbs/02_injection.ipynb #02-injection-027
+# %% ../nbs/02_injection.ipynb #02-injection-031
 class DonorPool:
     "The defects that can be injected."
 
@@ -174,6 +182,8 @@ class DonorPool:
         if not self.donors:
             raise ValueError(f"DonorPool: expected samples with defects, got {len(samples)} images from {samples.source!r} whose masks are all 0")
         self.labels = np.array([d.label for d in self.donors])
+        self.anchors, self.boxes = np.array([d.anchor for d in self.donors]), np.array([d.box for d in self.donors])
+        self.extents = np.array([mask_extent(d) for d in self.donors])
 
     def __len__(self) -> int:
         return len(self.donors)
@@ -187,31 +197,26 @@ class DonorPool:
         size = sum(d.image.nbytes + d.mask.nbytes for d in self.donors) / 1e6
         return f"DonorPool({', '.join(f'{n} {c}' for c, n in self.counts.items())}; margin {self.margin}, {size:.1f} MB)"
 
-# %% ../nbs/02_injection.ipynb #02-injection-032
-def any_pixel(
-    flags: torch.Tensor,  # bool (B, H, W)
-) -> np.ndarray:  # bool (B,)
-    "Which images have a true pixel (the largest byte is found a hundred times faster than any true bool)."
-    return flags.view(torch.uint8).flatten(1).amax(1).cpu().numpy() > 0
-
-# %% ../nbs/02_injection.ipynb #02-injection-033
-def class_presence(
-    masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
-    classes: int,  # K
-) -> np.ndarray:  # bool (B, K)
-    "Which image shows which class."
-    present, defective = np.zeros((len(masks), classes), bool), any_pixel(masks != 0)
-    for k in range(classes): present[defective, k] = any_pixel(masks[torch.from_numpy(defective)] == k + 1)
-    return present
-
-# %% ../nbs/02_injection.ipynb #02-injection-034
+# %% ../nbs/02_injection.ipynb #02-injection-036
 def find_clean(
     masks: torch.Tensor,  # integer (B, H, W)
 ) -> np.ndarray:  # int: the indices of the defect-free images
     "Images whose mask is all zero."
-    return np.flatnonzero(~any_pixel(masks != 0))
+    return np.flatnonzero(masks.flatten(1).any(1).cpu().numpy() == 0)
 
 # %% ../nbs/02_injection.ipynb #02-injection-037
+def class_presence(
+    masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
+    classes: int,  # K
+) -> np.ndarray:  # bool (B, K)
+    "Which image shows which class: those in which not all pixels differ from it (tested so, because it is the quickest)."
+    present = np.zeros((len(masks), classes), bool)
+    defective = np.setdiff1d(np.arange(len(masks)), find_clean(masks))
+    shown = masks.index_select(0, torch.from_numpy(defective).to(masks.device)).flatten(1)
+    for k in range(classes): present[defective, k] = (shown - (k + 1)).all(1).cpu().numpy() == 0
+    return present
+
+# %% ../nbs/02_injection.ipynb #02-injection-040
 def pick_rarest(
     counts: np.ndarray,  # int (K,): images of the batch that show each class
     open: np.ndarray,  # bool (K,), at least one true: classes that may be picked
@@ -221,7 +226,7 @@ def pick_rarest(
     rarest = np.flatnonzero(open & (counts == counts[open].min()))
     return int(rarest[torch.randint(len(rarest), (), generator=generator)])
 
-# %% ../nbs/02_injection.ipynb #02-injection-038
+# %% ../nbs/02_injection.ipynb #02-injection-041
 def choose_labels(
     counts: np.ndarray,  # int (K,): images of the batch that show each class
     donors: np.ndarray,  # int (K,): donors of each class
@@ -238,7 +243,7 @@ def choose_labels(
         counts[labels[-1] - 1] += 1
     return labels
 
-# %% ../nbs/02_injection.ipynb #02-injection-044
+# %% ../nbs/02_injection.ipynb #02-injection-047
 def draw_donors(
     pool: DonorPool,  # has donors of each class asked for
     labels: list[int],  # 1..K for each injection
@@ -253,7 +258,7 @@ def draw_donors(
         drawn[wanted] = own[order[:wanted.sum()]]
     return drawn
 
-# %% ../nbs/02_injection.ipynb #02-injection-047
+# %% ../nbs/02_injection.ipynb #02-injection-050
 def linear_map(
     hflip: np.ndarray,  # bool (...)
     vflip: np.ndarray,  # bool (...)
@@ -265,7 +270,7 @@ def linear_map(
     c, s = scale * np.cos(turn), scale * np.sin(turn)
     return np.stack([np.stack([c * y, -s * x], -1), np.stack([s * y, c * x], -1)], -2)
 
-# %% ../nbs/02_injection.ipynb #02-injection-050
+# %% ../nbs/02_injection.ipynb #02-injection-053
 def fit_offset(
     start: np.ndarray,  # of the mask's box along an axis (...)
     length: np.ndarray,  # of the box
@@ -276,9 +281,10 @@ def fit_offset(
     slack = donor - length
     return np.where(slack > 0, start * (target - length) / np.maximum(slack, 1) - start, 0.0)
 
-# %% ../nbs/02_injection.ipynb #02-injection-053
+# %% ../nbs/02_injection.ipynb #02-injection-056
 def land_anchors(
-    donors: list[Donor],  # n of them
+    anchor: np.ndarray,  # int (n, 2): of the donors, (y, x)
+    box: np.ndarray,  # int (n, 4): of their masks: top, left, height, width
     size: tuple[int, int],  # of the donor images: height, width
     target: tuple[int, int],  # of the target images
     maps: np.ndarray,  # float64 (n, 2, 2), see `linear_map`
@@ -287,14 +293,13 @@ def land_anchors(
 ) -> np.ndarray:  # int (n, 2)
     "Where each donor's anchor comes to lie in the target, (y, x)."
     size, target = np.array(size), np.array(target)
-    anchor, box = np.array([d.anchor for d in donors]), np.array([d.box for d in donors])
     start, length, centre = box[:, :2], box[:, 2:], (size - 1) / 2
     start = np.where(flips, size - start - length, start)
     moved = (maps @ (anchor - centre)[..., None])[..., 0] + shift * size
     landed = centre + moved + fit_offset(start, length, size, target)
     return np.clip(np.round(landed), 0, target - 1).astype(int)
 
-# %% ../nbs/02_injection.ipynb #02-injection-056
+# %% ../nbs/02_injection.ipynb #02-injection-059
 @dataclass(frozen=True, eq=False)
 class InjectionPlan:
     "What is injected where: n injections as arrays of length n."
@@ -327,10 +332,10 @@ class InjectionPlan:
         "The plan that `to_json` wrote."
         return cls(**read_columns(json.loads(text)))
 
-# %% ../nbs/02_injection.ipynb #02-injection-057
+# %% ../nbs/02_injection.ipynb #02-injection-060
 PLAN_TYPES = dict(target=int, donor=int, label=int, hflip=bool, vflip=bool, angle=float, scale=float, y=int, x=int, poisson=bool)
 
-# %% ../nbs/02_injection.ipynb #02-injection-058
+# %% ../nbs/02_injection.ipynb #02-injection-061
 def read_columns(
     columns: dict[str, list],  # as in the JSON of a plan
 ) -> dict[str, np.ndarray]:  # as in the plan
@@ -340,7 +345,7 @@ def read_columns(
                          f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
     return {name: np.array(columns[name], kind) for name, kind in PLAN_TYPES.items()}
 
-# %% ../nbs/02_injection.ipynb #02-injection-059
+# %% ../nbs/02_injection.ipynb #02-injection-062
 def describe_injection(
     plan: InjectionPlan,
     i: int,  # which
@@ -351,7 +356,7 @@ def describe_injection(
     return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
             f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-061
+# %% ../nbs/02_injection.ipynb #02-injection-064
 def draw_plan(
     pool: DonorPool,
     targets: np.ndarray,  # int (n,): images of the batch
@@ -361,94 +366,181 @@ def draw_plan(
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> InjectionPlan:
     "Steps c and d: draw transforms and blends for chosen targets and donors."
-    chosen = [pool.donors[d] for d in donors]
-    ranges = np.array([astuple(pool.transforms[d.label - 1]) for d in chosen]).reshape(-1, 5)
-    flip, p, rotate, shift, scale = ranges.T
-    u = torch.rand(len(chosen), 8, generator=generator, dtype=torch.float64).numpy()
+    donors = np.asarray(donors, int)
+    flip, p, rotate, shift, scale = np.array([astuple(t) for t in pool.transforms])[pool.labels[donors] - 1].T
+    u = torch.rand(len(donors), 8, generator=generator, dtype=torch.float64).numpy()
     flips, moved, either = u[:, :2] < flip[:, None], u[:, 2] < p, 2 * u[:, 3:7] - 1
     angle = np.where(moved, either[:, 0] * rotate, 0.0)
     factor = np.where(moved, 1 + either[:, 1] * scale, 1.0)
     shifts = np.where(moved, shift, 0)[:, None] * either[:, 2:]
     vflip, hflip = flips.T
     maps = linear_map(hflip, vflip, angle, factor)
-    y, x = land_anchors(chosen, pool.size, size, maps, flips, shifts).T if chosen else np.zeros((2, 0), int)
-    return InjectionPlan(np.asarray(targets), np.asarray(donors), pool.labels[donors], hflip, vflip, angle, factor, y, x, u[:, 7] < p_poisson)
-
-# %% ../nbs/02_injection.ipynb #02-injection-065
-def sample_bilinear(
-    image: np.ndarray,  # (..., h, w)
-    y: np.ndarray,  # float64 (m, n): rows
-    x: np.ndarray,  # float64 (m, n): columns
-) -> np.ndarray:  # float64 (..., m, n)
-    "Bilinear interpolation; beyond the image its border continues."
-    (y, y0, y1), (x, x0, x1) = ((t, t.astype(int), np.minimum(t.astype(int) + 1, n - 1))
-                                for t, n in zip((y.clip(0, image.shape[-2] - 1), x.clip(0, image.shape[-1] - 1)), image.shape[-2:]))
-    fy, fx = y - y0, x - x0
-    if not fy.any() and not fx.any(): return image[..., y0, x0].astype(float)  # whole pixels: a copy
-    upper = image[..., y0, x0] * (1 - fx) + image[..., y0, x1] * fx
-    lower = image[..., y1, x0] * (1 - fx) + image[..., y1, x1] * fx
-    return upper * (1 - fy) + lower * fy
-
-# %% ../nbs/02_injection.ipynb #02-injection-067
-def target_window(
-    donor: Donor,
-    matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
-    at: tuple[int, int],  # where the anchor lands, (y, x)
-    size: tuple[int, int],  # of the target: height, width
-    room: int,  # pixels around the mask
-) -> tuple[slice, slice]:  # rows, columns of the target; may be empty
-    "The part of the target that the donor's mask and some room around it cover."
-    box = [(s.start, s.stop - 1) for s in bounding_box(donor.mask, room=0)]
-    corners = np.array([(y, x) for y in box[0] for x in box[1]]) + donor.corner - donor.anchor
-    landed = corners @ matrix.T + at
-    low, high = np.floor(landed.min(0)).astype(int) - room, np.ceil(landed.max(0)).astype(int) + room + 1
-    return tuple(slice(min(max(a, 0), n), min(max(b, 0), n)) for a, b, n in zip(low, high, size))
+    y, x = land_anchors(pool.anchors[donors], pool.boxes[donors], pool.size, size, maps, flips, shifts).T
+    return InjectionPlan(np.asarray(targets, int), donors, pool.labels[donors], hflip, vflip, angle, factor, y, x, u[:, 7] < p_poisson)
 
 # %% ../nbs/02_injection.ipynb #02-injection-068
+def target_windows(
+    pool: DonorPool,
+    plan: InjectionPlan,  # n injections
+    size: tuple[int, int],  # of the targets: height, width
+) -> np.ndarray:  # int (n, 2, 2): first and end row; first and end column
+    "The part of its target that each donor's mask and its margin cover; may be empty for a plan made by hand."
+    maps, extents = linear_map(plan.hflip, plan.vflip, plan.angle, plan.scale), pool.extents[plan.donor]
+    corners = np.stack([extents[:, [0, 1], [i, j]] for i in (0, 1) for j in (0, 1)], 1)
+    landed = corners @ maps.transpose(0, 2, 1) + np.stack([plan.y, plan.x], 1)[:, None]
+    low, high = np.floor(landed.min(1)) - pool.margin - 1, np.ceil(landed.max(1)) + pool.margin + 2
+    return np.clip(np.stack([low, high], 2), 0, np.array(size)[:, None]).astype(int)
+
+# %% ../nbs/02_injection.ipynb #02-injection-071
+def place_straight(
+    donor: Donor,
+    start: np.ndarray,  # float64 (2,): the crop's pixel at the window's first, whole numbers
+    step: np.ndarray,  # float64 (2, 2): diagonal, 1 or -1: how it moves with the window's rows and columns
+    size: np.ndarray,  # int (2,): of the window: height, width
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 (C, h, w), bool (h, w)
+    "A mirrored donor and its mask over a window."
+    rows, cols = ((s + d * np.arange(n)).astype(int) for s, d, n in zip(start, step.diagonal(), size))
+    patch, mask = (x.take(rows, -2, mode="clip").take(cols, -1, mode="clip") for x in (donor.image, donor.mask))
+    inside = [(i >= 0) & (i < n) for i, n in zip((rows, cols), donor.mask.shape)]
+    return patch, mask & inside[0][:, None] & inside[1]
+
+# %% ../nbs/02_injection.ipynb #02-injection-073
+@njit(cache=True, nogil=True)
+def bilinear(
+    image,  # (h, w)
+    y,  # row; beyond the image its border continues
+    x,  # column
+):  # float64
+    "The value of an image between its pixels."
+    h, w = image.shape
+    y, x = min(max(y, 0.0), h - 1.0), min(max(x, 0.0), w - 1.0)
+    y0, x0 = int(y), int(x)
+    y1, x1, fy, fx = min(y0 + 1, h - 1), min(x0 + 1, w - 1), y - y0, x - x0
+    upper = image[y0, x0] * (1 - fx) + image[y0, x1] * fx
+    lower = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
+    return upper * (1 - fy) + lower * fy
+
+# %% ../nbs/02_injection.ipynb #02-injection-075
+@njit(cache=True, nogil=True)
+def sample_turned(
+    image,  # (C, h, w), the crop
+    mask,  # bool (h, w)
+    start,  # float64 (2,): the crop's place at the window's first pixel
+    step,  # float64 (2, 2): how it moves with the window's rows and columns
+    patch,  # (C, m, n): written
+    placed,  # bool (m, n): written
+):
+    "Fill a window with a turned donor and its mask (at least half a pixel of it)."
+    h, w = mask.shape
+    for i in range(placed.shape[0]):
+        for j in range(placed.shape[1]):
+            y = start[0] + step[0, 0] * i + step[0, 1] * j
+            x = start[1] + step[1, 0] * i + step[1, 1] * j
+            placed[i, j] = -0.5 <= y <= h - 0.5 and -0.5 <= x <= w - 0.5 and bilinear(mask, y, x) >= 0.5
+            for c in range(len(image)): patch[c, i, j] = bilinear(image[c], y, x)
+
+# %% ../nbs/02_injection.ipynb #02-injection-076
+def place_turned(
+    donor: Donor,
+    start: np.ndarray,  # float64 (2,): the crop's place at the window's first pixel
+    step: np.ndarray,  # float64 (2, 2): how it moves with the window's rows and columns
+    size: np.ndarray,  # int (2,): of the window: height, width
+) -> tuple[np.ndarray, np.ndarray]:  # float64 (C, h, w) in 0..255, bool (h, w)
+    "A turned donor and its mask over a window."
+    patch, mask = np.empty((len(donor.image), *size)), np.empty(size, bool)
+    sample_turned(donor.image, donor.mask, start, step, patch, mask)
+    return patch, mask
+
+# %% ../nbs/02_injection.ipynb #02-injection-077
 def place_donor(
     donor: Donor,
     matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
-    scale: float,  # the factor in `matrix`
     at: tuple[int, int],  # where the anchor lands, (y, x)
-    window: tuple[slice, slice],  # rows, columns of the target
-) -> tuple[np.ndarray, np.ndarray]:  # float64 (C, h, w) in 0..255, bool (h, w)
+    window: np.ndarray,  # int (2, 2): first and end row, first and end column of the target
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 or float64 (C, h, w) in 0..255, bool (h, w)
     "Step c: the transformed donor and its mask, over a window of the target."
-    offsets = np.stack(np.mgrid[window], -1) - at
-    y, x = np.moveaxis(offsets @ matrix / scale**2 + donor.anchor - donor.corner, -1, 0)
-    (h, w), image = donor.mask.shape, sample_bilinear(donor.image, y, x)
-    inside = (y >= -0.5) & (y <= h - 0.5) & (x >= -0.5) & (x <= w - 0.5)
-    return image, inside & (sample_bilinear(donor.mask, y, x) >= 0.5)
+    first, end = window.T
+    step = matrix.T / (matrix[0] @ matrix[0])  # the inverse
+    start = step @ (first - at) + np.subtract(donor.anchor, donor.corner)
+    straight = (np.abs(step) == np.eye(2)).all()
+    return (place_straight if straight else place_turned)(donor, start, step, end - first)
 
-# %% ../nbs/02_injection.ipynb #02-injection-072
+# %% ../nbs/02_injection.ipynb #02-injection-081
+@dataclass(frozen=True, eq=False)
+class Placement:
+    "A donor over a window of its target."
+    target: int                    # image of the batch
+    window: tuple[slice, slice]    # rows, columns of the target, h x w pixels
+    label: int                     # its class
+    poisson: bool                  # Poisson; otherwise cut-paste
+    patch: torch.Tensor            # (C, h, w), its pixels, like the target's
+    mask: torch.Tensor             # bool (h, w), its mask
+    region: torch.Tensor           # bool (h, w), what is replaced
+
+# %% ../nbs/02_injection.ipynb #02-injection-082
 def fit_patch(
-    patch: np.ndarray,  # float64 (C, h, w) in 0..255
-    like: torch.Tensor,  # (C', H, W) uint8, or float in 0..1
-) -> torch.Tensor:  # (1, C', h, w) of the same type and on the same device
-    "A donor's pixels as the target has them: its range, its type, its channels."
-    patch = torch.from_numpy(np.rint(patch) if like.dtype == torch.uint8 else patch).to(like.dtype)
-    if like.dtype != torch.uint8: patch = patch / 255
-    return patch.expand(len(like), -1, -1)[None].to(like.device)
+    patch: np.ndarray,  # (C, h, w) in 0..255
+    like: torch.Tensor,  # (B, C', H, W) uint8, or float in 0..1
+) -> torch.Tensor:  # (C', h, w) of the same type and on the same device
+    "A donor's pixels as the target has them."
+    patch = torch.from_numpy(patch)
+    patch = patch.round().to(torch.uint8) if like.dtype == torch.uint8 else patch.to(like.dtype) / 255
+    return patch.expand(like.shape[1], -1, -1).to(like.device)
 
-# %% ../nbs/02_injection.ipynb #02-injection-073
-def blend_patch(
-    image: torch.Tensor,  # (C, H, W), the target: altered in place
-    patch: torch.Tensor,  # (1, C, h, w), the donor over the window
-    region: torch.Tensor,  # bool (1, h, w)
-    window: tuple[slice, slice],  # rows, columns of the target
-    poisson: bool,
+# %% ../nbs/02_injection.ipynb #02-injection-083
+def place_donors(
+    pool: DonorPool,
+    plan: InjectionPlan,
+    images: torch.Tensor,  # (B, C, H, W), the targets
+) -> list[Placement]:  # one per injection, but for those of which nothing is left
+    "Step c for a whole plan. Computed on the CPU, so that it is the same to the bit for every device."
+    maps, size = linear_map(plan.hflip, plan.vflip, plan.angle, plan.scale), images.shape[2:]
+    placements = []
+    for i, window in enumerate(target_windows(pool, plan, size)):
+        patch, mask = place_donor(pool.donors[plan.donor[i]], maps[i], (plan.y[i], plan.x[i]), window)
+        if not mask.any(): continue
+        mask = torch.from_numpy(mask)
+        region = grow_mask(mask[None], pool.margin)[0] if plan.poisson[i] else mask
+        placements.append(Placement(int(plan.target[i]), tuple(slice(*w) for w in window.tolist()), int(plan.label[i]), bool(plan.poisson[i]),
+                                    fit_patch(patch, images), mask.to(images.device), region.to(images.device)))
+    return placements
+
+# %% ../nbs/02_injection.ipynb #02-injection-086
+def blend_all(
+    images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
+    placements: list[Placement],
     mix_gradients: bool,
-    whole: bool,  # solve over the whole image, as the authors do
+    whole: bool,  # Poisson: solve over the whole image, as the authors do
 ) -> None:
-    "Step e: write the blend into `image`."
-    view = image[(slice(None), *window)]
-    if not poisson: view.copy_(cut_paste(view[None], patch, region)[0])
-    elif not whole: view.copy_(poisson_blend(view[None], patch, region, mix_gradients)[0])
-    else:
-        src, mask = image[None].clone(), torch.zeros_like(image[None, 0], dtype=torch.bool)
-        src[(..., *window)], mask[(..., *window)] = patch, region
-        image.copy_(poisson_blend_image(image[None], src, mask, mix_gradients)[0])
+    "Step e: write the blends into `images`."
+    for p in placements:
+        view = images[p.target][(slice(None), *p.window)]
+        if not p.poisson: view.copy_(cut_paste(view[None], p.patch[None], p.region[None])[0])
+        elif whole: images[p.target] = blend_whole(images[p.target], p, mix_gradients)
+        else: view.copy_(poisson_blend(view[None], p.patch[None], p.region[None], mix_gradients)[0])
 
-# %% ../nbs/02_injection.ipynb #02-injection-075
+# %% ../nbs/02_injection.ipynb #02-injection-087
+def blend_whole(
+    image: torch.Tensor,  # (C, H, W)
+    placement: Placement,
+    mix_gradients: bool,
+) -> torch.Tensor:  # new, like image
+    "The authors' Poisson blending, over the whole image."
+    src, mask = image.clone(), torch.zeros_like(image[0], dtype=torch.bool)
+    src[(..., *placement.window)], mask[placement.window] = placement.patch, placement.region
+    return poisson_blend_image(image[None], src[None], mask[None], mix_gradients)[0]
+
+# %% ../nbs/02_injection.ipynb #02-injection-088
+def write_label(
+    masks: torch.Tensor,  # integer (B, H, W): altered in place
+    placement: Placement,
+    grow_label: bool,  # label what was replaced, as the authors do
+) -> None:
+    "The label of an injection: its mask."
+    view = masks[placement.target][placement.window]
+    view.masked_fill_(placement.region if grow_label else placement.mask, placement.label)
+
+# %% ../nbs/02_injection.ipynb #02-injection-092
 def check_masks(
     masks: torch.Tensor,  # expected: (B, H, W), any integer type
 ) -> None:
@@ -456,7 +548,7 @@ def check_masks(
     if masks.ndim != 3 or masks.dtype.is_floating_point or masks.dtype == torch.bool:
         raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-076
+# %% ../nbs/02_injection.ipynb #02-injection-093
 def check_values(
     images: torch.Tensor,  # expected: floats in 0..1, or uint8
 ) -> None:
@@ -466,7 +558,7 @@ def check_values(
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: inject before normalising")
 
-# %% ../nbs/02_injection.ipynb #02-injection-077
+# %% ../nbs/02_injection.ipynb #02-injection-094
 def check_batch(
     images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
     masks: torch.Tensor,  # expected: (B, H, W), any integer type, on the same device
@@ -485,7 +577,7 @@ def check_batch(
                          f"got {tuple(masks.shape)} on {masks.device}")
     check_values(images)
 
-# %% ../nbs/02_injection.ipynb #02-injection-080
+# %% ../nbs/02_injection.ipynb #02-injection-097
 @dataclass
 class InjectionStats:
     "What an injection has done so far, in this process (each worker of a loader counts for itself)."
@@ -493,9 +585,8 @@ class InjectionStats:
     batches: int = 0          # batches seen
     images: int = 0           # images in them
     clean: int = 0            # of those: defect-free before the injection
-    empty: int = 0            # injections of which nothing was left, so that image and label stayed as they were
 
-# %% ../nbs/02_injection.ipynb #02-injection-081
+# %% ../nbs/02_injection.ipynb #02-injection-098
 def explain_nothing(
     stats: InjectionStats,  # with no injection
 ) -> str:
@@ -506,27 +597,24 @@ def explain_nothing(
         return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
-# %% ../nbs/02_injection.ipynb #02-injection-082
+# %% ../nbs/02_injection.ipynb #02-injection-099
 PATIENCE = 50  # batches without any injection before the warning
 
-# %% ../nbs/02_injection.ipynb #02-injection-083
+# %% ../nbs/02_injection.ipynb #02-injection-100
 def update_stats(
     stats: InjectionStats,  # altered
     pool: DonorPool,
-    before: torch.Tensor,  # integer (B, H, W), the masks given
-    after: torch.Tensor,  # integer (B, H, W), the masks returned
-    plan: InjectionPlan,  # what was to be done
+    masks: torch.Tensor,  # integer (B, H, W), the masks given
+    plan: InjectionPlan,  # what was done
 ) -> None:
     "Count what was done; warn once when there was nothing to count for `PATIENCE` batches."
-    seen = any_pixel(after[torch.as_tensor(plan.target)] != 0)
-    for k in plan.label[seen]: stats.injected[pool.classes[k - 1]] += 1
-    stats.batches, stats.images = stats.batches + 1, stats.images + len(before)
-    stats.clean, stats.empty = stats.clean + len(find_clean(before)), stats.empty + int((~seen).sum())
+    for k in plan.label: stats.injected[pool.classes[k - 1]] += 1
+    stats.batches, stats.images, stats.clean = stats.batches + 1, stats.images + len(masks), stats.clean + len(find_clean(masks))
     if stats.batches == PATIENCE and not any(stats.injected.values()):
         warnings.warn(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: "
                       f"{explain_nothing(stats)} ({pool})", stacklevel=3)
 
-# %% ../nbs/02_injection.ipynb #02-injection-085
+# %% ../nbs/02_injection.ipynb #02-injection-102
 def plan_batch(
     pool: DonorPool,
     masks: torch.Tensor,  # (B, H, W), any integer type
@@ -544,43 +632,24 @@ def plan_batch(
     targets = clean[torch.randperm(len(clean), generator=generator).numpy()[:len(labels)]]
     return draw_plan(pool, targets, draw_donors(pool, labels, generator), tuple(masks.shape[1:]), p_poisson, generator)
 
-# %% ../nbs/02_injection.ipynb #02-injection-087
+# %% ../nbs/02_injection.ipynb #02-injection-104
 def check_plan(
     plan: InjectionPlan,
     pool: DonorPool,
     batch: int,  # images in the batch
 ) -> None:
-    "Raise a ValueError when a plan was made for a larger batch or another pool."
-    if len(plan) and (plan.target.max() >= batch or plan.donor.max() >= len(pool)):
+    "Raise a ValueError when a plan was made for a larger batch or another pool, or names an image twice."
+    if not len(plan): return
+    if plan.target.max() >= batch or plan.donor.max() >= len(pool):
         raise ValueError(f"plan: expected images below {batch} and donors below {len(pool)}, got image {plan.target.max()} and "
                          f"donor {plan.donor.max()}: apply a plan to the batch and with the pool it was made for")
+    if (again := np.bincount(plan.target) > 1).any():
+        raise ValueError(f"plan: expected each image once, got image {again.argmax()} more often: apply the others as a second plan")
 
-# %% ../nbs/02_injection.ipynb #02-injection-088
-def inject_donor(
-    image: torch.Tensor,  # (C, H, W): altered in place
-    mask: torch.Tensor,  # integer (H, W): altered in place
-    pool: DonorPool,
-    plan: InjectionPlan,
-    i: int,  # which injection of the plan
-    mix_gradients: bool,
-    region: str,  # "exact" or "image"
-    grow_label: bool,
-) -> None:
-    "Steps c and e for one image. A donor of which nothing is left leaves the image as it is."
-    donor, at, poisson = pool.donors[plan.donor[i]], (plan.y[i], plan.x[i]), bool(plan.poisson[i])
-    matrix = linear_map(plan.hflip[i], plan.vflip[i], plan.angle[i], plan.scale[i])
-    window = target_window(donor, matrix, at, mask.shape, pool.margin + 1)
-    patch, placed = place_donor(donor, matrix, plan.scale[i], at, window)
-    if not placed.any(): return
-    placed = torch.from_numpy(placed)[None].to(image.device)
-    grown = grow_mask(placed, pool.margin) if poisson else placed
-    blend_patch(image, fit_patch(patch, image), grown, window, poisson, mix_gradients, region == "image")
-    mask[window][(grown if grow_label else placed)[0]] = int(plan.label[i])
-
-# %% ../nbs/02_injection.ipynb #02-injection-092
+# %% ../nbs/02_injection.ipynb #02-injection-106
 CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
 
-# %% ../nbs/02_injection.ipynb #02-injection-093
+# %% ../nbs/02_injection.ipynb #02-injection-107
 @dataclass(eq=False)
 class InjectionChoices:
     "What to inject and how. Raises ValueError for an unknown choice."
@@ -598,7 +667,7 @@ class InjectionChoices:
             if (value := getattr(self, name)) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
 
-# %% ../nbs/02_injection.ipynb #02-injection-096
+# %% ../nbs/02_injection.ipynb #02-injection-110
 class DynamicLabelInjection(InjectionChoices):
     "Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`."
 
@@ -620,20 +689,22 @@ class DynamicLabelInjection(InjectionChoices):
         "Apply a plan; the same plan gives the same result to the last bit. Raises ValueError when the arguments do not fit."
         check_batch(images, masks, self.pool.channels)
         check_plan(plan, self.pool, len(images))
+        placements = place_donors(self.pool, plan, images)
         images, masks = images.clone(), masks.clone()
-        for i, t in enumerate(plan.target): inject_donor(images[t], masks[t], self.pool, plan, i, self.mix_gradients, self.region, self.grow_label)
+        blend_all(images, placements, self.mix_gradients, self.region == "image")
+        for p in placements: write_label(masks, p, self.grow_label)
         return images, masks
 
     def __call__(self, images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator | None = None):
         "Inject: `transform` by `make_params`. Returns new images and masks."
         plan = self.make_params(masks, generator)
         after = self.transform(images, masks, plan)
-        update_stats(self.stats, self.pool, masks, after[1], plan)
+        update_stats(self.stats, self.pool, masks, plan)
         return after
 
     forward = __call__
 
-# %% ../nbs/02_injection.ipynb #02-injection-102
+# %% ../nbs/02_injection.ipynb #02-injection-116
 def show_batch(
     before: torch.Tensor,  # (B, C, H, W), the images given
     after: torch.Tensor,  # (B, C, H, W), the images returned

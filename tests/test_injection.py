@@ -280,7 +280,6 @@ def test_label_equals_the_placed_mask_when_turned(seed, size):
     after, labels = inject(blank[:, None], blank, seeded(seed))
     assert (labels > 0).flatten(1).any(1).all(), "the anchor is always seen"
     assert (after[:, 0][labels == 0] == 0).all() and (after[:, 0][labels > 0] >= 128).all()
-    assert inject.stats.empty == 0
 
 
 @properties
@@ -442,8 +441,6 @@ def test_a_donor_far_outside_leaves_the_image_as_it_is():
     plan.y[:] = 1000
     after, labels = inject.transform(images, masks, plan)
     assert len(plan) and torch.equal(after, images) and torch.equal(labels, masks)
-    injection.update_stats(inject.stats, inject.pool, masks, labels, plan)
-    assert inject.stats.empty == len(plan) and not any(inject.stats.injected.values())
 
 
 @properties
