@@ -92,11 +92,12 @@ def crop_axis(
     length: int,  # pixels of the image
     room: int,  # see `donor_room`
     reach: int,  # see `donor_reach`
-) -> tuple[int, np.ndarray]:  # where the crop begins, and the rows (or columns) of the image it takes
-    "The rows of a crop; beyond a border that the mask touches they are mirrored."
-    start = -reach if first == 0 else max(first - room, 0)
-    stop = length + reach if last == length - 1 else min(last + 1 + room, length)
-    return start, np.pad(np.arange(length), reach, mode="reflect")[start + reach:stop + reach]
+) -> tuple[int, np.ndarray, np.ndarray]:  # where the crop begins; the rows (or columns) of the image it takes; bool: may the mask be there?
+    "The rows of a crop."
+    before, after = reach * (first == 0), reach * (last == length - 1)
+    rows = np.arange(first - before - room, last + 1 + after + room)
+    mirrored = np.pad(np.arange(length), reach + room, mode="reflect")
+    return int(rows[0]), mirrored[rows + reach + room], (rows >= -before) & (rows < length + after)
 
 # %% ../nbs/02_injection.ipynb #02-injection-021
 def central_pixel(
@@ -119,11 +120,11 @@ def cut_donor(
     "Cut one class out of one image."
     rows, cols = bounding_box(mask, room=0)
     (height, width), room = mask.shape, donor_room(transform, margin)
-    y, ys = crop_axis(rows.start, rows.stop - 1, height, room, donor_reach(transform, height, width))
-    x, xs = crop_axis(cols.start, cols.stop - 1, width, room, donor_reach(transform, width, height))
-    crop = image.reshape(height, width, -1)[np.ix_(ys, xs)].transpose(2, 0, 1)
+    y, ys, own_y = crop_axis(rows.start, rows.stop - 1, height, room, donor_reach(transform, height, width))
+    x, xs, own_x = crop_axis(cols.start, cols.stop - 1, width, room, donor_reach(transform, width, height))
+    crop = np.ascontiguousarray(image.reshape(height, width, -1)[np.ix_(ys, xs)].transpose(2, 0, 1))
     box = (rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
-    return Donor(name, label, np.ascontiguousarray(crop), mask[np.ix_(ys, xs)], (y, x), central_pixel(mask), box)
+    return Donor(name, label, crop, mask[np.ix_(ys, xs)] & own_y[:, None] & own_x, (y, x), central_pixel(mask), box)
 
 # %% ../nbs/02_injection.ipynb #02-injection-025
 def mask_extent(donor: Donor) -> np.ndarray:  # int (2, 2): first and last row; first and last column
@@ -218,15 +219,15 @@ def class_presence(
 
 # %% ../nbs/02_injection.ipynb #02-injection-040
 def pick_rarest(
-    counts: np.ndarray,  # int (K,): images of the batch that show each class
-    open: np.ndarray,  # bool (K,), at least one true: classes that may be picked
+    counts: dict[int, int],  # images of the batch that show each class, not empty
     generator: torch.Generator | None,  # for ties
-) -> int:  # 0..K-1
+) -> int:  # one of the classes
     "Step a (Eq. 5): the class with the fewest images so far."
-    rarest = np.flatnonzero(open & (counts == counts[open].min()))
-    return int(rarest[torch.randint(len(rarest), (), generator=generator)])
+    low = min(counts.values())
+    rarest = [k for k, n in counts.items() if n == low]
+    return rarest[torch.randint(len(rarest), (), generator=generator)]
 
-# %% ../nbs/02_injection.ipynb #02-injection-041
+# %% ../nbs/02_injection.ipynb #02-injection-042
 def choose_labels(
     counts: np.ndarray,  # int (K,): images of the batch that show each class
     donors: np.ndarray,  # int (K,): donors of each class
@@ -235,15 +236,14 @@ def choose_labels(
     generator: torch.Generator | None = None,  # None: torch's global one
 ) -> list[int]:  # 1..K for each injection, in order
     "The class of each injection."
-    counts, goal, labels = counts.copy(), counts.max(), []
-    while len(labels) < clean:
-        open = (donors > 0) if fill == "all" else (donors > 0) & (counts < goal)
-        if not open.any(): break
-        labels.append(pick_rarest(counts, open, generator) + 1)
-        counts[labels[-1] - 1] += 1
+    goal, labels = counts.max() if fill == "uniform" else math.inf, []
+    shown = {k: n for k, n in enumerate(counts.tolist(), 1) if donors[k - 1]}
+    while shown and len(labels) < clean and min(shown.values()) < goal:
+        labels.append(pick_rarest(shown, generator))
+        shown[labels[-1]] += 1
     return labels
 
-# %% ../nbs/02_injection.ipynb #02-injection-047
+# %% ../nbs/02_injection.ipynb #02-injection-048
 def draw_donors(
     pool: DonorPool,  # has donors of each class asked for
     labels: list[int],  # 1..K for each injection
@@ -258,7 +258,7 @@ def draw_donors(
         drawn[wanted] = own[order[:wanted.sum()]]
     return drawn
 
-# %% ../nbs/02_injection.ipynb #02-injection-050
+# %% ../nbs/02_injection.ipynb #02-injection-051
 def linear_map(
     hflip: np.ndarray,  # bool (...)
     vflip: np.ndarray,  # bool (...)
@@ -270,7 +270,7 @@ def linear_map(
     c, s = scale * np.cos(turn), scale * np.sin(turn)
     return np.stack([np.stack([c * y, -s * x], -1), np.stack([s * y, c * x], -1)], -2)
 
-# %% ../nbs/02_injection.ipynb #02-injection-053
+# %% ../nbs/02_injection.ipynb #02-injection-054
 def fit_offset(
     start: np.ndarray,  # of the mask's box along an axis (...)
     length: np.ndarray,  # of the box
@@ -281,7 +281,7 @@ def fit_offset(
     slack = donor - length
     return np.where(slack > 0, start * (target - length) / np.maximum(slack, 1) - start, 0.0)
 
-# %% ../nbs/02_injection.ipynb #02-injection-056
+# %% ../nbs/02_injection.ipynb #02-injection-057
 def land_anchors(
     anchor: np.ndarray,  # int (n, 2): of the donors, (y, x)
     box: np.ndarray,  # int (n, 4): of their masks: top, left, height, width
@@ -299,7 +299,7 @@ def land_anchors(
     landed = centre + moved + fit_offset(start, length, size, target)
     return np.clip(np.round(landed), 0, target - 1).astype(int)
 
-# %% ../nbs/02_injection.ipynb #02-injection-059
+# %% ../nbs/02_injection.ipynb #02-injection-060
 @dataclass(frozen=True, eq=False)
 class InjectionPlan:
     "What is injected where: n injections as arrays of length n."
@@ -332,10 +332,10 @@ class InjectionPlan:
         "The plan that `to_json` wrote."
         return cls(**read_columns(json.loads(text)))
 
-# %% ../nbs/02_injection.ipynb #02-injection-060
+# %% ../nbs/02_injection.ipynb #02-injection-061
 PLAN_TYPES = dict(target=int, donor=int, label=int, hflip=bool, vflip=bool, angle=float, scale=float, y=int, x=int, poisson=bool)
 
-# %% ../nbs/02_injection.ipynb #02-injection-061
+# %% ../nbs/02_injection.ipynb #02-injection-062
 def read_columns(
     columns: dict[str, list],  # as in the JSON of a plan
 ) -> dict[str, np.ndarray]:  # as in the plan
@@ -345,7 +345,7 @@ def read_columns(
                          f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
     return {name: np.array(columns[name], kind) for name, kind in PLAN_TYPES.items()}
 
-# %% ../nbs/02_injection.ipynb #02-injection-062
+# %% ../nbs/02_injection.ipynb #02-injection-063
 def describe_injection(
     plan: InjectionPlan,
     i: int,  # which
@@ -356,7 +356,7 @@ def describe_injection(
     return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
             f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-064
+# %% ../nbs/02_injection.ipynb #02-injection-065
 def draw_plan(
     pool: DonorPool,
     targets: np.ndarray,  # int (n,): images of the batch
@@ -378,7 +378,7 @@ def draw_plan(
     y, x = land_anchors(pool.anchors[donors], pool.boxes[donors], pool.size, size, maps, flips, shifts).T
     return InjectionPlan(np.asarray(targets, int), donors, pool.labels[donors], hflip, vflip, angle, factor, y, x, u[:, 7] < p_poisson)
 
-# %% ../nbs/02_injection.ipynb #02-injection-068
+# %% ../nbs/02_injection.ipynb #02-injection-069
 def target_windows(
     pool: DonorPool,
     plan: InjectionPlan,  # n injections
@@ -391,7 +391,7 @@ def target_windows(
     low, high = np.floor(landed.min(1)) - pool.margin - 1, np.ceil(landed.max(1)) + pool.margin + 2
     return np.clip(np.stack([low, high], 2), 0, np.array(size)[:, None]).astype(int)
 
-# %% ../nbs/02_injection.ipynb #02-injection-071
+# %% ../nbs/02_injection.ipynb #02-injection-072
 def place_straight(
     donor: Donor,
     start: np.ndarray,  # float64 (2,): the crop's pixel at the window's first, whole numbers
@@ -399,12 +399,12 @@ def place_straight(
     size: np.ndarray,  # int (2,): of the window: height, width
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (C, h, w), bool (h, w)
     "A mirrored donor and its mask over a window."
-    rows, cols = ((s + d * np.arange(n)).astype(int) for s, d, n in zip(start, step.diagonal(), size))
-    patch, mask = (x.take(rows, -2, mode="clip").take(cols, -1, mode="clip") for x in (donor.image, donor.mask))
-    inside = [(i >= 0) & (i < n) for i, n in zip((rows, cols), donor.mask.shape)]
-    return patch, mask & inside[0][:, None] & inside[1]
+    v, h = step.diagonal().astype(int).tolist()
+    first = np.minimum(start, start + step.diagonal() * (size - 1)).astype(int)
+    rows, cols = map(slice, first.tolist(), (first + size).tolist())
+    return tuple(x[..., rows, cols][..., ::v, ::h].copy() for x in (donor.image, donor.mask))
 
-# %% ../nbs/02_injection.ipynb #02-injection-073
+# %% ../nbs/02_injection.ipynb #02-injection-074
 @njit(cache=True, nogil=True)
 def bilinear(
     image,  # (h, w)
@@ -420,7 +420,7 @@ def bilinear(
     lower = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
     return upper * (1 - fy) + lower * fy
 
-# %% ../nbs/02_injection.ipynb #02-injection-075
+# %% ../nbs/02_injection.ipynb #02-injection-076
 @njit(cache=True, nogil=True)
 def sample_turned(
     image,  # (C, h, w), the crop
@@ -431,15 +431,14 @@ def sample_turned(
     placed,  # bool (m, n): written
 ):
     "Fill a window with a turned donor and its mask (at least half a pixel of it)."
-    h, w = mask.shape
     for i in range(placed.shape[0]):
         for j in range(placed.shape[1]):
             y = start[0] + step[0, 0] * i + step[0, 1] * j
             x = start[1] + step[1, 0] * i + step[1, 1] * j
-            placed[i, j] = -0.5 <= y <= h - 0.5 and -0.5 <= x <= w - 0.5 and bilinear(mask, y, x) >= 0.5
+            placed[i, j] = bilinear(mask, y, x) >= 0.5
             for c in range(len(image)): patch[c, i, j] = bilinear(image[c], y, x)
 
-# %% ../nbs/02_injection.ipynb #02-injection-076
+# %% ../nbs/02_injection.ipynb #02-injection-077
 def place_turned(
     donor: Donor,
     start: np.ndarray,  # float64 (2,): the crop's place at the window's first pixel
@@ -451,7 +450,7 @@ def place_turned(
     sample_turned(donor.image, donor.mask, start, step, patch, mask)
     return patch, mask
 
-# %% ../nbs/02_injection.ipynb #02-injection-077
+# %% ../nbs/02_injection.ipynb #02-injection-078
 def place_donor(
     donor: Donor,
     matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
@@ -465,7 +464,7 @@ def place_donor(
     straight = (np.abs(step) == np.eye(2)).all()
     return (place_straight if straight else place_turned)(donor, start, step, end - first)
 
-# %% ../nbs/02_injection.ipynb #02-injection-081
+# %% ../nbs/02_injection.ipynb #02-injection-082
 @dataclass(frozen=True, eq=False)
 class Placement:
     "A donor over a window of its target."
@@ -477,7 +476,7 @@ class Placement:
     mask: torch.Tensor             # bool (h, w), its mask
     region: torch.Tensor           # bool (h, w), what is replaced
 
-# %% ../nbs/02_injection.ipynb #02-injection-082
+# %% ../nbs/02_injection.ipynb #02-injection-083
 def fit_patch(
     patch: np.ndarray,  # (C, h, w) in 0..255
     like: torch.Tensor,  # (B, C', H, W) uint8, or float in 0..1
@@ -487,7 +486,7 @@ def fit_patch(
     patch = patch.round().to(torch.uint8) if like.dtype == torch.uint8 else patch.to(like.dtype) / 255
     return patch.expand(like.shape[1], -1, -1).to(like.device)
 
-# %% ../nbs/02_injection.ipynb #02-injection-083
+# %% ../nbs/02_injection.ipynb #02-injection-084
 def place_donors(
     pool: DonorPool,
     plan: InjectionPlan,
@@ -505,7 +504,7 @@ def place_donors(
                                     fit_patch(patch, images), mask.to(images.device), region.to(images.device)))
     return placements
 
-# %% ../nbs/02_injection.ipynb #02-injection-086
+# %% ../nbs/02_injection.ipynb #02-injection-087
 def blend_all(
     images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
     placements: list[Placement],
@@ -519,7 +518,7 @@ def blend_all(
         elif whole: images[p.target] = blend_whole(images[p.target], p, mix_gradients)
         else: view.copy_(poisson_blend(view[None], p.patch[None], p.region[None], mix_gradients)[0])
 
-# %% ../nbs/02_injection.ipynb #02-injection-087
+# %% ../nbs/02_injection.ipynb #02-injection-088
 def blend_whole(
     image: torch.Tensor,  # (C, H, W)
     placement: Placement,
@@ -530,7 +529,7 @@ def blend_whole(
     src[(..., *placement.window)], mask[placement.window] = placement.patch, placement.region
     return poisson_blend_image(image[None], src[None], mask[None], mix_gradients)[0]
 
-# %% ../nbs/02_injection.ipynb #02-injection-088
+# %% ../nbs/02_injection.ipynb #02-injection-089
 def write_label(
     masks: torch.Tensor,  # integer (B, H, W): altered in place
     placement: Placement,
@@ -540,7 +539,7 @@ def write_label(
     view = masks[placement.target][placement.window]
     view.masked_fill_(placement.region if grow_label else placement.mask, placement.label)
 
-# %% ../nbs/02_injection.ipynb #02-injection-092
+# %% ../nbs/02_injection.ipynb #02-injection-093
 def check_masks(
     masks: torch.Tensor,  # expected: (B, H, W), any integer type
 ) -> None:
@@ -548,7 +547,7 @@ def check_masks(
     if masks.ndim != 3 or masks.dtype.is_floating_point or masks.dtype == torch.bool:
         raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-093
+# %% ../nbs/02_injection.ipynb #02-injection-094
 def check_values(
     images: torch.Tensor,  # expected: floats in 0..1, or uint8
 ) -> None:
@@ -558,7 +557,7 @@ def check_values(
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: inject before normalising")
 
-# %% ../nbs/02_injection.ipynb #02-injection-094
+# %% ../nbs/02_injection.ipynb #02-injection-095
 def check_batch(
     images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
     masks: torch.Tensor,  # expected: (B, H, W), any integer type, on the same device
@@ -577,7 +576,7 @@ def check_batch(
                          f"got {tuple(masks.shape)} on {masks.device}")
     check_values(images)
 
-# %% ../nbs/02_injection.ipynb #02-injection-097
+# %% ../nbs/02_injection.ipynb #02-injection-098
 @dataclass
 class InjectionStats:
     "What an injection has done so far, in this process (each worker of a loader counts for itself)."
@@ -586,7 +585,7 @@ class InjectionStats:
     images: int = 0           # images in them
     clean: int = 0            # of those: defect-free before the injection
 
-# %% ../nbs/02_injection.ipynb #02-injection-098
+# %% ../nbs/02_injection.ipynb #02-injection-099
 def explain_nothing(
     stats: InjectionStats,  # with no injection
 ) -> str:
@@ -597,10 +596,10 @@ def explain_nothing(
         return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
-# %% ../nbs/02_injection.ipynb #02-injection-099
+# %% ../nbs/02_injection.ipynb #02-injection-100
 PATIENCE = 50  # batches without any injection before the warning
 
-# %% ../nbs/02_injection.ipynb #02-injection-100
+# %% ../nbs/02_injection.ipynb #02-injection-101
 def update_stats(
     stats: InjectionStats,  # altered
     pool: DonorPool,
@@ -614,7 +613,7 @@ def update_stats(
         warnings.warn(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: "
                       f"{explain_nothing(stats)} ({pool})", stacklevel=3)
 
-# %% ../nbs/02_injection.ipynb #02-injection-102
+# %% ../nbs/02_injection.ipynb #02-injection-103
 def plan_batch(
     pool: DonorPool,
     masks: torch.Tensor,  # (B, H, W), any integer type
@@ -632,7 +631,7 @@ def plan_batch(
     targets = clean[torch.randperm(len(clean), generator=generator).numpy()[:len(labels)]]
     return draw_plan(pool, targets, draw_donors(pool, labels, generator), tuple(masks.shape[1:]), p_poisson, generator)
 
-# %% ../nbs/02_injection.ipynb #02-injection-104
+# %% ../nbs/02_injection.ipynb #02-injection-105
 def check_plan(
     plan: InjectionPlan,
     pool: DonorPool,
@@ -646,10 +645,10 @@ def check_plan(
     if (again := np.bincount(plan.target) > 1).any():
         raise ValueError(f"plan: expected each image once, got image {again.argmax()} more often: apply the others as a second plan")
 
-# %% ../nbs/02_injection.ipynb #02-injection-106
+# %% ../nbs/02_injection.ipynb #02-injection-107
 CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
 
-# %% ../nbs/02_injection.ipynb #02-injection-107
+# %% ../nbs/02_injection.ipynb #02-injection-108
 @dataclass(eq=False)
 class InjectionChoices:
     "What to inject and how. Raises ValueError for an unknown choice."
@@ -667,7 +666,7 @@ class InjectionChoices:
             if (value := getattr(self, name)) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
 
-# %% ../nbs/02_injection.ipynb #02-injection-110
+# %% ../nbs/02_injection.ipynb #02-injection-111
 class DynamicLabelInjection(InjectionChoices):
     "Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`."
 
@@ -704,7 +703,7 @@ class DynamicLabelInjection(InjectionChoices):
 
     forward = __call__
 
-# %% ../nbs/02_injection.ipynb #02-injection-116
+# %% ../nbs/02_injection.ipynb #02-injection-117
 def show_batch(
     before: torch.Tensor,  # (B, C, H, W), the images given
     after: torch.Tensor,  # (B, C, H, W), the images returned
