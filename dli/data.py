@@ -9,13 +9,12 @@ __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'O
            'list_images', 'expected_files', 'class_folder', 'missing_files', 'extra_files', 'explain_difference',
            'changed_files', 'find_problems', 'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'open_remote',
            'download', 'leaves_folder', 'unpack', 'install_archive', 'fetch_magnetic_tiles', 'decode', 'decode_all',
-           'number_tiles', 'suspect_images', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'marks', 'blob',
-           'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect',
-           'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset',
-           'dataset_table', 'usable_images', 'assign_folds', 'check_tiles', 'held_out', 'take_fraction', 'check_split',
-           'split_samples']
+           'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'marks', 'blob', 'clean_surface', 'blowhole',
+           'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph', 'synthetic_counts',
+           'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset', 'dataset_table', 'usable_images',
+           'assign_folds', 'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
 
-# %% ../nbs/00_data.ipynb #00-data-002
+# %% ../nbs/00_data.ipynb #00-data-003
 import hashlib
 import io
 import os
@@ -41,11 +40,11 @@ from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_data.ipynb #00-data-004
+# %% ../nbs/00_data.ipynb #00-data-005
 TABLE_COLUMNS = ("name", "class", "tile", "exposure", "width", "height", "suspect")
 FREE = "Free"
 
-# %% ../nbs/00_data.ipynb #00-data-006
+# %% ../nbs/00_data.ipynb #00-data-007
 def check_arrays(
     images: np.ndarray,  # expected: uint8 (N, H, W) or (N, H, W, 3)
     masks: np.ndarray,  # expected: uint8 (N, H, W)
@@ -59,7 +58,7 @@ def check_arrays(
     if masks.size and masks.max() > len(classes):
         raise ValueError(f"masks: expected values 0..{len(classes)} for the classes {classes}, got {masks.max()}")
 
-# %% ../nbs/00_data.ipynb #00-data-009
+# %% ../nbs/00_data.ipynb #00-data-010
 def check_table(
     table: pd.DataFrame,  # a row per image, with at least `TABLE_COLUMNS`
     masks: np.ndarray,  # uint8 (N, H, W)
@@ -77,7 +76,7 @@ def check_table(
         names = table["name"][clean][marked].tolist()
         raise ValueError(f"masks: {FREE} images have no defect pixels, but {len(names)} do: {names[:5]}")
 
-# %% ../nbs/00_data.ipynb #00-data-010
+# %% ../nbs/00_data.ipynb #00-data-011
 @dataclass(frozen=True, eq=False)
 class Samples:
     "Images with their masks and a table of what is known about them; indexing gives another `Samples`."
@@ -113,7 +112,7 @@ class Samples:
         "bool (N,): true for defect-free images."
         return self.label == 0
 
-# %% ../nbs/00_data.ipynb #00-data-016
+# %% ../nbs/00_data.ipynb #00-data-017
 def draw_contours(
     ax: plt.Axes,  # drawn into
     mask: np.ndarray,  # integer (H, W): 0 background, k = class k
@@ -125,7 +124,7 @@ def draw_contours(
     for k in np.unique(mask[mask > 0]):
         ax.contour(edges[1], edges[0], padded == k, levels=[0.5], colors=f"C{k}", linewidths=linewidth)
 
-# %% ../nbs/00_data.ipynb #00-data-017
+# %% ../nbs/00_data.ipynb #00-data-018
 def show_samples(
     samples: Samples,  # what to draw from
     idx=None,  # which images: integers, booleans or a slice; None = the first twelve
@@ -148,21 +147,21 @@ def show_samples(
     plt.close(fig)
     return fig
 
-# %% ../nbs/00_data.ipynb #00-data-020
+# %% ../nbs/00_data.ipynb #00-data-021
 MT_CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 MT_URL = "https://github.com/abin24/Magnetic-tile-defect-datasets./archive/refs/heads/master.zip"
 
-# %% ../nbs/00_data.ipynb #00-data-021
+# %% ../nbs/00_data.ipynb #00-data-022
 def read_index() -> pd.DataFrame:
-    "A row per photograph, by number: name, class, number, exposure, width, height, SHA-256 of its jpg and png."
+    "A row per photograph: name, class, number, exposure, width, height, tile, suspect, SHA-256 of its jpg and png."
     return pd.read_csv(Path(find_spec("dli.data").origin).with_name("magnetic_tiles.csv"))
 
-# %% ../nbs/00_data.ipynb #00-data-024
+# %% ../nbs/00_data.ipynb #00-data-025
 def cache_folder() -> Path:
     "Where a downloaded dataset is kept."
     return platformdirs.user_cache_path("dli") / "magnetic-tiles"
 
-# %% ../nbs/00_data.ipynb #00-data-025
+# %% ../nbs/00_data.ipynb #00-data-026
 def find_magnetic_tiles(
     root: str | Path | None = None,  # the folder that holds MT_Blowhole ... MT_Uneven; None = look for it
 ) -> Path | None:  # None when it is not on this machine
@@ -175,15 +174,15 @@ def find_magnetic_tiles(
         return folder
     return cache_folder() if cache_folder().is_dir() else None
 
-# %% ../nbs/00_data.ipynb #00-data-030
+# %% ../nbs/00_data.ipynb #00-data-031
 class DamagedDataset(ValueError):
     "Files are missing, damaged, swapped or in excess; the message names each and says what to do."
 
-# %% ../nbs/00_data.ipynb #00-data-031
+# %% ../nbs/00_data.ipynb #00-data-032
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"}
 OVERVIEW = "dataset.jpg"  # a picture that lies beside the class folders in the authors' repository
 
-# %% ../nbs/00_data.ipynb #00-data-032
+# %% ../nbs/00_data.ipynb #00-data-033
 def list_images(
     root: Path,  # a folder
 ) -> set[str]:  # paths relative to `root`, with forward slashes
@@ -195,7 +194,7 @@ def list_images(
         found |= {(Path(folder) / n).relative_to(root).as_posix() for n in images}
     return found - {OVERVIEW}
 
-# %% ../nbs/00_data.ipynb #00-data-033
+# %% ../nbs/00_data.ipynb #00-data-034
 def expected_files(
     index: pd.DataFrame,  # see `read_index`
 ) -> dict[str, tuple]:  # path -> (SHA-256, (width, height))
@@ -203,12 +202,12 @@ def expected_files(
     return {f"MT_{r['class']}/Imgs/{r['name']}.{kind}": (r[kind], (r["width"], r["height"]))
             for r in index.to_dict("records") for kind in ("jpg", "png")}
 
-# %% ../nbs/00_data.ipynb #00-data-036
+# %% ../nbs/00_data.ipynb #00-data-037
 def class_folder(path: str) -> str:
     "The first folder of a relative path; '.' for a file beside the folders."
     return path.split("/")[0] if "/" in path else "."
 
-# %% ../nbs/00_data.ipynb #00-data-037
+# %% ../nbs/00_data.ipynb #00-data-038
 def missing_files(
     expected: set[str],  # paths of the index
     found: set[str],  # paths in the folder
@@ -223,7 +222,7 @@ def missing_files(
         problems.append(f"{path}: missing" + (f"; it is the mask of {image}.jpg" if kind == "png" else ""))
     return problems
 
-# %% ../nbs/00_data.ipynb #00-data-038
+# %% ../nbs/00_data.ipynb #00-data-039
 def extra_files(
     expected: set[str],  # paths of the index
     found: set[str],  # paths in the folder
@@ -236,7 +235,7 @@ def extra_files(
     return problems + [f"{p}: extra file; the dataset has no such image"
                        for p in sorted(found - expected) if class_folder(p) in known]
 
-# %% ../nbs/00_data.ipynb #00-data-041
+# %% ../nbs/00_data.ipynb #00-data-042
 def explain_difference(
     data: bytes,  # the content of a file whose hash is not the expected one
     size: tuple[int, int],  # (width, height) that the index gives, pixels
@@ -254,7 +253,7 @@ def explain_difference(
     if got != size: return f"another size: expected {size[0]} x {size[1]} pixels, got {got[0]} x {got[1]}"
     return "other content: an image of the right size whose SHA-256 is not that of the published file"
 
-# %% ../nbs/00_data.ipynb #00-data-043
+# %% ../nbs/00_data.ipynb #00-data-044
 def changed_files(
     root: Path,  # the folder
     expected: dict[str, tuple],  # see `expected_files`
@@ -272,7 +271,7 @@ def changed_files(
     with ThreadPoolExecutor() as pool:
         return [problem for problem in pool.map(look, paths) if problem]
 
-# %% ../nbs/00_data.ipynb #00-data-044
+# %% ../nbs/00_data.ipynb #00-data-045
 def find_problems(
     root: Path,  # the folder
     index: pd.DataFrame,  # see `read_index`
@@ -286,7 +285,7 @@ def find_problems(
     both = sorted(expected.keys() & found)
     return missing_files(set(expected), found) + extra_files(set(expected), found) + changed_files(root, expected, both)
 
-# %% ../nbs/00_data.ipynb #00-data-046
+# %% ../nbs/00_data.ipynb #00-data-047
 def damage_report(
     place: str,  # the folder or address that was read
     problems: list[str],  # see `find_problems`
@@ -300,7 +299,7 @@ def damage_report(
         f"\nPut the named files back as they are in {MT_URL} and move files in excess elsewhere; or name another folder "
         f"(root= or DLI_DATA), or none and delete {cache_folder()}, to have the dataset downloaded afresh.")
 
-# %% ../nbs/00_data.ipynb #00-data-047
+# %% ../nbs/00_data.ipynb #00-data-048
 def verify_magnetic_tiles(
     root: str | Path,  # the folder that holds MT_Blowhole ... MT_Uneven
     index: pd.DataFrame | None = None,  # None = the index of the package
@@ -310,11 +309,11 @@ def verify_magnetic_tiles(
     if problems := find_problems(Path(root), index):
         raise DamagedDataset(damage_report(str(root), problems, index))
 
-# %% ../nbs/00_data.ipynb #00-data-051
+# %% ../nbs/00_data.ipynb #00-data-052
 class DownloadError(OSError):
     "The dataset is not on this machine and could not be downloaded."
 
-# %% ../nbs/00_data.ipynb #00-data-052
+# %% ../nbs/00_data.ipynb #00-data-053
 def open_remote(
     url: str,  # what to download
     start: int,  # bytes that are already here
@@ -327,7 +326,7 @@ def open_remote(
     response.raise_for_status()
     return response
 
-# %% ../nbs/00_data.ipynb #00-data-053
+# %% ../nbs/00_data.ipynb #00-data-054
 def download(
     url: str,  # what to download
     path: Path,  # where to; a `.part` beside it while it is incomplete
@@ -342,7 +341,7 @@ def download(
             for chunk in response.iter_content(1 << 16): bar.update(file.write(chunk))
     part.replace(path)
 
-# %% ../nbs/00_data.ipynb #00-data-055
+# %% ../nbs/00_data.ipynb #00-data-056
 def leaves_folder(
     member: zipfile.ZipInfo,  # an entry of a zip
 ) -> bool:
@@ -350,7 +349,7 @@ def leaves_folder(
     path = PurePosixPath(member.filename.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in member.filename or stat.S_ISLNK(member.external_attr >> 16)
 
-# %% ../nbs/00_data.ipynb #00-data-057
+# %% ../nbs/00_data.ipynb #00-data-058
 def unpack(
     archive: Path,  # a zip with one folder at its top
     folder: Path,  # receives what is in that folder
@@ -365,7 +364,7 @@ def unpack(
             target.parent.mkdir(parents=True, exist_ok=True)
             with zipped.open(member) as source, open(target, "wb") as file: shutil.copyfileobj(source, file)
 
-# %% ../nbs/00_data.ipynb #00-data-059
+# %% ../nbs/00_data.ipynb #00-data-060
 def install_archive(
     archive: Path,  # the downloaded zip
     folder: Path,  # where the dataset shall be
@@ -377,7 +376,7 @@ def install_archive(
             raise DamagedDataset(damage_report(f"The zip from {MT_URL}", problems, index))
         fresh.replace(folder)
 
-# %% ../nbs/00_data.ipynb #00-data-060
+# %% ../nbs/00_data.ipynb #00-data-061
 def fetch_magnetic_tiles() -> Path:  # the cache folder
     "Download the dataset into the cache. Raises DownloadError (what to do instead) or DamagedDataset."
     folder = cache_folder()
@@ -395,7 +394,7 @@ def fetch_magnetic_tiles() -> Path:  # the cache folder
         archive.unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/00_data.ipynb #00-data-062
+# %% ../nbs/00_data.ipynb #00-data-063
 def decode(
     path: Path,  # a grey image
     size: int,  # side of the result, pixels
@@ -404,7 +403,7 @@ def decode(
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST)
 
-# %% ../nbs/00_data.ipynb #00-data-063
+# %% ../nbs/00_data.ipynb #00-data-064
 def decode_all(
     root: Path,  # the verified folder
     index: pd.DataFrame,  # which photographs, see `read_index`
@@ -424,29 +423,6 @@ def decode_all(
     return images, masks
 
 # %% ../nbs/00_data.ipynb #00-data-069
-def number_tiles(
-    numbers: np.ndarray,  # int (N,): the number in the file name, unique
-    exposures: np.ndarray,  # int (N,): the exposure in the file name
-    jump: int = 200,  # a larger gap between numbers begins a new tile
-) -> np.ndarray:  # int (N,): the smallest number of the tile, in the order given
-    "Group photographs into tiles: sorted by number, a group ends where the exposure does not rise or the number jumps."
-    numbers, exposures = np.asarray(numbers), np.asarray(exposures)
-    order = np.argsort(numbers)
-    gap, rise = np.diff(numbers[order]), np.diff(exposures[order])
-    first = np.concatenate([[True], (rise <= 0) | (gap > jump)])[:len(order)]
-    tiles = np.empty_like(numbers)
-    tiles[order] = numbers[order][first][np.cumsum(first) - 1]
-    return tiles
-
-# %% ../nbs/00_data.ipynb #00-data-076
-def suspect_images(
-    tiles: np.ndarray,  # (N,): tile of each image
-    clean: np.ndarray,  # bool (N,): true for defect-free images
-) -> np.ndarray:  # bool (N,)
-    "Clean images of a tile that has a defect in another photograph."
-    return clean & np.isin(tiles, np.asarray(tiles)[~clean])
-
-# %% ../nbs/00_data.ipynb #00-data-079
 def magnetic_tiles(
     root: str | Path | None = None,  # the folder that holds MT_Blowhole ... MT_Uneven; None = DLI_DATA, the cache, a download
     size: int = 256,  # side of the images, pixels
@@ -457,12 +433,9 @@ def magnetic_tiles(
         raise ValueError(f"expected size >= 8 and threshold in 0..254, got size={size}, threshold={threshold}")
     folder = find_magnetic_tiles(root) or fetch_magnetic_tiles()
     verify_magnetic_tiles(folder, index := read_index())
-    tiles = number_tiles(index["number"], index["exposure"])
-    table = index[["name", "class", "exposure", "width", "height"]].assign(
-        tile=tiles, suspect=suspect_images(tiles, (index["class"] == FREE).to_numpy()))
-    return Samples(*decode_all(folder, index, size, threshold), table[list(TABLE_COLUMNS)], MT_CLASSES, "magnetic-tiles")
+    return Samples(*decode_all(folder, index, size, threshold), index[list(TABLE_COLUMNS)], MT_CLASSES, "magnetic-tiles")
 
-# %% ../nbs/00_data.ipynb #00-data-086
+# %% ../nbs/00_data.ipynb #00-data-076
 def streaks(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -475,7 +448,7 @@ def streaks(
         total += weight * noise / noise.std()
     return (total - total.mean()) / total.std()
 
-# %% ../nbs/00_data.ipynb #00-data-088
+# %% ../nbs/00_data.ipynb #00-data-078
 def clouds(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -486,7 +459,7 @@ def clouds(
     noise = cv2.resize(rng.standard_normal((cells, cells), np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     return (noise - noise.mean()) / noise.std()
 
-# %% ../nbs/00_data.ipynb #00-data-090
+# %% ../nbs/00_data.ipynb #00-data-080
 def edge_shade(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -502,7 +475,7 @@ def edge_shade(
         shade[distance < width] *= 0.25
     return shade
 
-# %% ../nbs/00_data.ipynb #00-data-092
+# %% ../nbs/00_data.ipynb #00-data-082
 def marks(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -517,7 +490,7 @@ def marks(
         shade *= 1 - rng.uniform(0.05, 0.22) * cv2.GaussianBlur(stain.astype(np.float32), (0, 0), 0.008 * side + 0.5)
     return shade
 
-# %% ../nbs/00_data.ipynb #00-data-093
+# %% ../nbs/00_data.ipynb #00-data-083
 def blob(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -532,7 +505,7 @@ def blob(
     points = side * (np.asarray(centre) + radius * np.asarray(radii) * np.stack([np.cos(angle), np.sin(angle)], 1))
     return cv2.fillPoly(np.zeros((side, side), np.uint8), [points.round().astype(np.int32)], 1) > 0
 
-# %% ../nbs/00_data.ipynb #00-data-094
+# %% ../nbs/00_data.ipynb #00-data-084
 def clean_surface(
     rng: np.random.Generator,  # consumed
     side: int,  # pixels
@@ -543,13 +516,13 @@ def clean_surface(
     grain = 1 + rng.uniform(0.05, 0.14) * (lines + 0.4 * np.maximum(lines, 0) ** 2)
     return (light * grain * edge_shade(rng, side) * marks(rng, side)).astype(np.float32)
 
-# %% ../nbs/00_data.ipynb #00-data-097
+# %% ../nbs/00_data.ipynb #00-data-087
 def blowhole(rng, side):
     "A small hole somewhere inside."
     radius = np.sqrt(np.clip(rng.lognormal(np.log(0.15), 0.6), 0.03, 0.9) / 100 / np.pi)
     return blob(rng, side, rng.uniform(0.1, 0.9, 2), radius * rng.uniform(0.75, 1.3, 2), 0.12)
 
-# %% ../nbs/00_data.ipynb #00-data-098
+# %% ../nbs/00_data.ipynb #00-data-088
 def broken_edge(rng, side):
     "A chip out of an edge or a corner."
     at = [rng.uniform(0.05, 0.95), rng.choice([0.035, 0.965])]
@@ -557,7 +530,7 @@ def broken_edge(rng, side):
     radius = np.sqrt(2 * np.clip(rng.lognormal(np.log(2.0), 1.3), 0.15, 35) / 100 / np.pi)
     return blob(rng, side, rng.permutation(at), radius * rng.uniform(0.6, 1.6, 2), 0.3)
 
-# %% ../nbs/00_data.ipynb #00-data-099
+# %% ../nbs/00_data.ipynb #00-data-089
 def crack(rng, side):
     "A thin meandering line along the grinding direction, mostly from an edge."
     steps = 24
@@ -568,7 +541,7 @@ def crack(rng, side):
     width = max(round(rng.uniform(1.0, 3.2) * side / 256), 1)
     return cv2.polylines(np.zeros((side, side), np.uint8), [points], False, 1, width) > 0
 
-# %% ../nbs/00_data.ipynb #00-data-100
+# %% ../nbs/00_data.ipynb #00-data-090
 def fray(rng, side):
     "A tall region in the middle that the grinding wheel never touched."
     area = 0.005 + 0.48 * rng.beta(0.8, 1.5)
@@ -576,7 +549,7 @@ def fray(rng, side):
     radius = np.sqrt(area / np.pi / tall)
     return blob(rng, side, (rng.uniform(0.35, 0.65), rng.uniform(0.3, 0.7)), (radius, min(radius * tall, 0.6)), 0.08)
 
-# %% ../nbs/00_data.ipynb #00-data-101
+# %% ../nbs/00_data.ipynb #00-data-091
 def uneven(rng, side):
     "A part that was ground differently: a band across the tile, or a patch."
     y, x = np.mgrid[0:side, 0:side] / side
@@ -588,10 +561,10 @@ def uneven(rng, side):
     wide, high = rng.uniform(0.2, 0.7), rng.uniform(0.12, 0.5)
     return (x > left) & (x < left + wide) & (y > top + wave) & (y < top + high + wave)
 
-# %% ../nbs/00_data.ipynb #00-data-102
+# %% ../nbs/00_data.ipynb #00-data-092
 SHAPES = dict(zip(MT_CLASSES, (blowhole, broken_edge, crack, fray, uneven)))
 
-# %% ../nbs/00_data.ipynb #00-data-104
+# %% ../nbs/00_data.ipynb #00-data-094
 def defect_look(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`
@@ -606,7 +579,7 @@ def defect_look(
     smooth = cv2.GaussianBlur(surface, (0, 0), 0.06 * side)
     return smooth * rng.choice([rng.uniform(0.7, 0.88), rng.uniform(1.12, 1.3)]) * (1 + rng.uniform(0.05, 0.2) * streaks(rng, side))
 
-# %% ../nbs/00_data.ipynb #00-data-105
+# %% ../nbs/00_data.ipynb #00-data-095
 def add_defect(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`
@@ -618,7 +591,7 @@ def add_defect(
     alpha = np.where(mask, np.clip(1.6 * soft, 0.5, 1), 0).astype(np.float32)
     return surface + alpha * (defect_look(rng, kind, surface) - surface), mask
 
-# %% ../nbs/00_data.ipynb #00-data-108
+# %% ../nbs/00_data.ipynb #00-data-098
 def photograph(
     rng: np.random.Generator,  # consumed
     surface: np.ndarray,  # float32 (side, side)
@@ -632,13 +605,13 @@ def photograph(
     image = surface[crop] * (0.4 + 0.17 * exposure) * 255 + rng.normal(0, 4, (size, size))
     return np.clip(image, 0, 255).astype(np.uint8), mask[crop].astype(np.uint8)
 
-# %% ../nbs/00_data.ipynb #00-data-110
+# %% ../nbs/00_data.ipynb #00-data-100
 REAL_COUNTS = {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103, FREE: 952}
 FOLDS = 5
 LEAST_PER_CLASS = 2 * FOLDS
 LEAST_SYNTHETIC = LEAST_PER_CLASS * len(REAL_COUNTS)
 
-# %% ../nbs/00_data.ipynb #00-data-111
+# %% ../nbs/00_data.ipynb #00-data-101
 def synthetic_counts(
     n: int,  # images, at least `LEAST_SYNTHETIC`
 ) -> dict[str, int]:  # class -> images, adding up to n
@@ -650,7 +623,7 @@ def synthetic_counts(
     if (free := n - sum(counts.values())) >= LEAST_PER_CLASS: return counts | {FREE: free}
     return dict.fromkeys(MT_CLASSES, LEAST_PER_CLASS) | {FREE: n - LEAST_PER_CLASS * len(MT_CLASSES)}
 
-# %% ../nbs/00_data.ipynb #00-data-113
+# %% ../nbs/00_data.ipynb #00-data-103
 def exposures_per_tile(
     n: int,  # photographs of one class
 ) -> list[int]:  # photographs of each tile, at most six
@@ -658,7 +631,7 @@ def exposures_per_tile(
     tiles = max(-(-n // 6), FOLDS)
     return [n // tiles + (i < n % tiles) for i in range(tiles)]
 
-# %% ../nbs/00_data.ipynb #00-data-115
+# %% ../nbs/00_data.ipynb #00-data-105
 def photograph_tile(
     rng: np.random.Generator,  # consumed
     kind: str,  # one of `MT_CLASSES`, or "Free"
@@ -674,7 +647,7 @@ def photograph_tile(
     exposures = sorted(rng.permutation(6)[:count] + 1)
     return [(*photograph(rng, surface, mask, e, size), int(e)) for e in exposures]
 
-# %% ../nbs/00_data.ipynb #00-data-116
+# %% ../nbs/00_data.ipynb #00-data-106
 def synthetic_tiles(
     n: int = 336,  # images, at least `LEAST_SYNTHETIC` (60); the default is a quarter of the real dataset
     size: int = 256,  # side of the images, pixels, at least 32
@@ -692,10 +665,10 @@ def synthetic_tiles(
     images, masks = map(np.stack, zip(*photos))
     return Samples(images, masks, pd.DataFrame(rows, columns=list(TABLE_COLUMNS)), MT_CLASSES, "synthetic")
 
-# %% ../nbs/00_data.ipynb #00-data-121
+# %% ../nbs/00_data.ipynb #00-data-111
 DATASETS = ("auto", "magnetic-tiles", "synthetic")
 
-# %% ../nbs/00_data.ipynb #00-data-122
+# %% ../nbs/00_data.ipynb #00-data-112
 def load_dataset(
     name: str = "auto",  # one of `DATASETS`
     size: int = 256,  # side of the images, pixels
@@ -712,7 +685,7 @@ def load_dataset(
     print(message)
     return synthetic_tiles(size=size)
 
-# %% ../nbs/00_data.ipynb #00-data-126
+# %% ../nbs/00_data.ipynb #00-data-116
 def dataset_table(
     samples: Samples,  # any
 ) -> pd.DataFrame:  # a row per class: images, tiles, empty masks, defect area % (mean, population deviation)
@@ -726,10 +699,10 @@ def dataset_table(
             rows[name] |= dict(empty=(area[own] == 0).sum(), area=area[own].mean(), deviation=area[own].std())
     return pd.DataFrame(rows).T
 
-# %% ../nbs/00_data.ipynb #00-data-136
+# %% ../nbs/00_data.ipynb #00-data-126
 PROTOCOLS = ("tile", "image")
 
-# %% ../nbs/00_data.ipynb #00-data-138
+# %% ../nbs/00_data.ipynb #00-data-128
 def usable_images(
     samples: Samples,  # any
 ) -> np.ndarray:  # bool (N,)
@@ -737,7 +710,7 @@ def usable_images(
     empty = ~samples.masks.any(axis=(1, 2))
     return ~samples.table["suspect"].to_numpy(bool) & (samples.clean | ~empty)
 
-# %% ../nbs/00_data.ipynb #00-data-140
+# %% ../nbs/00_data.ipynb #00-data-130
 def assign_folds(
     labels: np.ndarray,  # int (N,): class, which is stratified
     groups: np.ndarray,  # (N,): images of one group get one fold
@@ -749,7 +722,7 @@ def assign_folds(
     for fold, (_, held_out) in enumerate(splitter.split(labels, labels, groups)): folds[held_out] = fold
     return folds
 
-# %% ../nbs/00_data.ipynb #00-data-142
+# %% ../nbs/00_data.ipynb #00-data-132
 def check_tiles(
     samples: Samples,  # the usable ones
 ) -> None:
@@ -758,7 +731,7 @@ def check_tiles(
     few = {c: k for c, k in counts.items() if k < FOLDS and not (c == FREE and k == 0)}
     if few: raise ValueError(f"{FOLDS} folds need at least {FOLDS} tiles of each class with a mask that is not empty, got {few}")
 
-# %% ../nbs/00_data.ipynb #00-data-143
+# %% ../nbs/00_data.ipynb #00-data-133
 def held_out(
     samples: Samples,  # the usable ones
     protocol: str,  # one of `PROTOCOLS`
@@ -773,7 +746,7 @@ def held_out(
         folds[defective] = assign_folds(labels[defective], np.arange(defective.sum()), partition)
     return folds == fold
 
-# %% ../nbs/00_data.ipynb #00-data-145
+# %% ../nbs/00_data.ipynb #00-data-135
 def take_fraction(
     labels: np.ndarray,  # int (N,): class of each image
     groups: np.ndarray,  # (N,): kept or left as a whole
@@ -786,7 +759,7 @@ def take_fraction(
             for own in [order[np.isin(order, groups[labels == k])]]]
     return np.isin(groups, np.concatenate(keep))
 
-# %% ../nbs/00_data.ipynb #00-data-147
+# %% ../nbs/00_data.ipynb #00-data-137
 def check_split(
     protocol: str,  # one of `PROTOCOLS`
     seed: int,  # >= 0
@@ -797,7 +770,7 @@ def check_split(
     if seed < 0: raise ValueError(f"expected seed >= 0, got {seed}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
 
-# %% ../nbs/00_data.ipynb #00-data-149
+# %% ../nbs/00_data.ipynb #00-data-139
 def split_samples(
     samples: Samples,  # all of them
     protocol: str = "tile",  # "tile": photographs of a tile stay together; "image": the paper's random split
