@@ -1,7 +1,14 @@
-"""Training: every method trains and leaves a row that can be recomputed; configs are checked; seeds repeat."""
+"""Training: every method trains and leaves a row that can be recomputed; configs are checked; seeds repeat; killed runs end as if they had not been."""
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
 from dataclasses import asdict
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,11 +18,20 @@ from hypothesis import strategies as st
 
 from dli import training
 from dli.metrics import scores
-from dli.training import METHODS, PRESETS, RunConfig, fit, load_model, notebook_config, rate, run, run_folder, run_key, run_samples
+from dli.training import CHECKPOINTS, METHODS, PRESETS, RunConfig, fit, load_model, notebook_config, rate, run, run_folder, run_key, run_samples
 
 
 def config(**kwargs):
     return RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs)
+
+
+def no_pictures(done, val, folder): pass
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch):
+    "Drawing takes longer than training here: only the test that looks at the pictures draws them."
+    if request.node.name != "test_pictures_are_left": monkeypatch.setattr(training, "save_pictures", no_pictures)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,18 +48,19 @@ def test_every_method_leaves_a_row(method, tmp_path):
     assert (injected > 0) == (METHODS[method].inject is not None)
 
 
+def test_pictures_are_left(tmp_path):
+    c = config(out=str(tmp_path))
+    run(c, progress=False)
+    pictures = [plt.imread(run_folder(c) / name) for name in ("curve.png", "predictions.png")]
+    assert all(p.std() > 0.05 and min(p.shape[:2]) > 200 for p in pictures) and not plt.get_fignums()
+    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "counts.csv", "curve.csv", "curve.png", "model.safetensors", "predictions.png", "row.json"}
+
+
 def test_a_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
     c = config(out=str(tmp_path))
     row = run(c, progress=False)
     monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
     assert run(c, progress=False) == row
-
-
-def test_a_failed_run_leaves_no_row(tmp_path, monkeypatch):
-    c = config(out=str(tmp_path))
-    monkeypatch.setattr(training, "save_file", lambda *a: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="No space"): run(c, progress=False)
-    assert not (run_folder(c) / "row.json").exists()
 
 
 def test_weights_come_back_from_the_file(tmp_path):
@@ -54,15 +71,6 @@ def test_weights_come_back_from_the_file(tmp_path):
     done = fit(c, train, val, progress=False)
     again = load_model(c, train).state_dict()
     assert all(torch.equal(v, again[k]) for k, v in done.model.state_dict().items())
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    c = config(method="baseline", out=str(tmp_path))
-    train, val = run_samples(c)
-    broken = lambda *a: (torch.nn.Parameter(torch.tensor(float("nan"))))
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, "run_loss", lambda *a: broken)
-        with pytest.raises(FloatingPointError, match="step 1 of baseline.*lower lr"): fit(c, train, val, progress=False)
 
 
 def test_methods_of_one_seed_see_the_same_photographs():
@@ -76,23 +84,31 @@ def test_methods_of_one_seed_see_the_same_photographs():
         assert torch.equal(a[defective], d[defective]) and torch.equal(ma[defective], md[defective])
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_shuffled_epochs_show_each_image_at_most_once(n, size, seed):
-    draws = training.shuffled(n, size, torch.Generator().manual_seed(seed))
+def test_shuffled_epochs_show_each_image_at_most_once(n, size, seed, epoch):
     if size > n:
-        with pytest.raises(ValueError, match="larger than the"): next(draws)
+        with pytest.raises(ValueError, match="larger than the"): training.shuffled(n, size, seed, 0)
         return
-    epoch = torch.cat([next(draws) for _ in range(n // size)])
-    assert len(epoch.unique()) == len(epoch) == n // size * size and epoch.max() < n
+    steps = range(epoch * (n // size), (epoch + 1) * (n // size))
+    shown = torch.cat([training.shuffled(n, size, seed, step) for step in steps])
+    assert len(shown.unique()) == len(shown) == n // size * size and shown.max() < n
+
+
+def test_chance_is_independent_of_seed_purpose_and_step():
+    drawn = {(seed, what, step): torch.rand(4, generator=training.chance(seed, what, step)).tolist()
+             for seed in (0, 1, 2**20) for what in training.DRAWN for step in (0, 1, 10**6)}
+    assert len({tuple(v) for v in drawn.values()}) == 27
+    assert drawn[1, "flips", 1] == torch.rand(4, generator=training.chance(1, "flips", 1)).tolist()
 
 
 def test_balanced_draws_have_dlis_clean_share():
     labels = np.repeat([0, 1, 3], [300, 40, 10])
-    share = training.clean_share_after_dli(labels, 16)
-    draws = training.balanced(labels, 16, torch.Generator().manual_seed(0))
-    drawn = np.bincount(np.concatenate([labels[next(draws).numpy()] for _ in range(500)]), minlength=4) / 8000
-    assert abs(drawn[0] - share) < 0.02 and abs(drawn[1] - drawn[3]) < 0.03 and drawn[2] == 0
+    share, weight = training.clean_share_after_dli(labels, 16), training.balanced_weights(labels, 16).numpy()
+    drawn = np.bincount(labels, weight, minlength=4)
+    np.testing.assert_allclose(drawn, [share, (1 - share) / 2, 0, (1 - share) / 2])
+    assert len(np.unique(weight[labels == 1])) == 1
+    assert 0 < share < 300 / 350  # some clean images are filled, others stay
 
 
 @pytest.mark.parametrize("wrong,message", [
@@ -143,3 +159,237 @@ def test_rate_and_evaluations(preset, steps):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_trains_on_cuda(tmp_path):
     assert run(config(out=str(tmp_path)), progress=False)["device"] == "cuda"
+
+
+# Interruption. A process is killed for real, so runs are trained in processes of their own: forked from one that has imported everything.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["dli.training"])
+
+
+def train_apart(c: RunConfig, checkpoint_seconds: float, threads: int):
+    training.CHECKPOINT_SECONDS, training.save_pictures = checkpoint_seconds, no_pictures
+    torch.set_num_threads(threads)
+    run(c, progress=False)
+
+
+def start(c, checkpoint_seconds=0.0, threads=1):
+    process = PROCESSES.Process(target=train_apart, args=(c, checkpoint_seconds, threads))
+    process.start()
+    return process
+
+
+def outcome(c):
+    "All that a finished run leaves, times left out."
+    folder = run_folder(c)
+    row = {k: v for k, v in json.loads((folder / "row.json").read_text()).items() if not k.startswith("seconds") and k not in ("finished", "out")}
+    assert not any((folder / name).exists() for name in (*CHECKPOINTS, "lock")) and not list(folder.glob("*.part"))
+    return row, pd.read_csv(folder / "curve.csv").drop(columns="seconds").to_csv(), *((folder / name).read_bytes() for name in ("counts.csv", "model.safetensors"))
+
+
+@pytest.mark.parametrize("kills,threads,method", [
+    (3, 1, "dli"),
+    pytest.param(20, 1, "dli", marks=pytest.mark.slow),
+    pytest.param(5, 1, "sampler", marks=pytest.mark.slow),
+    pytest.param(5, 2, "dli", marks=pytest.mark.slow),
+])
+def test_killed_runs_end_as_if_they_had_not_been(kills, threads, method, tmp_path):
+    place = lambda name: config(method=method, steps=12, out=str(tmp_path / name))
+    process, began = start(place("whole"), 60, threads), time.perf_counter()
+    process.join()
+    seconds, whole, moments, left = time.perf_counter() - began, outcome(place("whole")), random.Random(kills), kills
+    while left:
+        c = place(f"killed-{left}")
+        while left and not (run_folder(c) / "row.json").exists():
+            process = start(c, 0, threads)
+            process.join(moments.uniform(0, seconds))
+            process.kill()
+            process.join()
+            left -= process.exitcode == -signal.SIGKILL
+        run_in = start(c, 0, threads)
+        run_in.join()
+        assert run_in.exitcode == 0 and outcome(c) == whole
+
+
+class Dies(BaseException):
+    "A process that ends: nothing catches it."
+
+
+def test_a_run_that_dies_after_every_write_ends_as_if_it_had_not(tmp_path, monkeypatch):
+    whole, c, write = config(steps=2, out=str(tmp_path / "whole")), config(steps=2, out=str(tmp_path / "dies")), training.write_whole
+    run(whole, progress=False)
+    deaths, left = 0, 0
+
+    def write_or_die(path, content):
+        nonlocal left
+        if left == 0:
+            path.with_name(path.name + ".part").write_bytes(content[:len(content) // 2])
+            raise Dies
+        left -= 1
+        write(path, content)
+
+    monkeypatch.setattr(training, "write_whole", write_or_die)
+    while not (run_folder(c) / "row.json").exists():
+        left = deaths
+        try: run(c, progress=False)
+        except Dies: deaths += 1
+    assert deaths >= 5
+    assert outcome(c) == outcome(whole)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    "A run of six steps that was stopped in its fifth, after the checkpoint of its third."
+    c = config(out=str(tmp_path))
+    with pytest.MonkeyPatch.context() as m:
+        stop_at(m, 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt, match="at step 5 of dli.*call run again to continue"): run(c, progress=False)
+    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "curve.csv", CHECKPOINTS[1], "lock"}
+    return c
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    c = config(out=str(tmp_path_factory.mktemp("unstopped")))
+    run(c, progress=False)
+    return outcome(c)
+
+
+def stop_at(monkeypatch, step, error):
+    "Let the run's step (counted from 1) raise an error."
+    advance = training.advance
+
+    def stopping(done, *batch):
+        if done.step + 1 == step: raise error
+        advance(done, *batch)
+    monkeypatch.setattr(training, "advance", stopping)
+
+
+def test_a_stopped_run_shows_what_it_has_and_continues(stopped, unstopped, monkeypatch):
+    folder, steps, advance = run_folder(stopped), [], training.advance
+    assert pd.read_csv(folder / "curve.csv")["step"].tolist() == [3]
+    assert RunConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "recipe"}) == stopped
+    monkeypatch.setattr(training, "advance", lambda done, *batch: (steps.append(done.step), advance(done, *batch)))
+    run(stopped, progress=False)
+    assert steps == [3, 4, 5] and outcome(stopped) == unstopped
+
+
+def two_checkpoints(c, monkeypatch):
+    "Continue the stopped run to its last step, so that there are checkpoints of the third and of the fifth."
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    with pytest.MonkeyPatch.context() as m:
+        stop_at(m, 6, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt): run(c, progress=False)
+    return [run_folder(c) / name for name in CHECKPOINTS]
+
+
+def test_a_truncated_checkpoint_is_named(stopped):
+    path = run_folder(stopped) / CHECKPOINTS[1]
+    content, fresh = path.read_bytes(), training.begin(stopped, run_samples(stopped)[0])
+    for length in (0, 1, 8, 100, 5000, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{path.name} can't be read.*truncated.*delete it to start from the beginning"): training.resume(fresh, path.parent)
+    assert fresh.step == 0
+
+
+def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch):
+    older, newer = sorted(two_checkpoints(stopped, monkeypatch), key=os.path.getmtime)
+    newer.write_bytes(newer.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=f"{newer.name} can't be read.*truncated.*continuing from the other"): run(stopped, progress=False)
+    assert outcome(stopped) == unstopped
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda m: dict(seed=1), "seed=0, here 1"),
+    (lambda m: m.setattr(training, "RECIPE", training.RECIPE + 1), f"recipe={training.RECIPE}, here {training.RECIPE + 1}"),
+    (lambda m: m.setattr(training, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
+    (lambda m: m.setattr(training, "network_dtype", lambda device: torch.float64), "dtype='.*', here 'torch.float64'"),
+])
+def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
+    content = (run_folder(stopped) / CHECKPOINTS[1]).read_bytes()
+    other = RunConfig(**asdict(stopped) | (change(monkeypatch) or {}))
+    path = run_folder(other) / CHECKPOINTS[1]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"is of another run or version: .*{message}.*delete it to start"): run(other, progress=False)
+    assert path.read_bytes() == content and not (path.parent / "row.json").exists()
+
+
+def test_a_damaged_row_is_not_overwritten(tmp_path):
+    c = config(out=str(tmp_path))
+    run_folder(c).mkdir()
+    (run_folder(c) / "row.json").write_text('{"method": "dl')
+    with pytest.raises(ValueError, match="row.json can't be read.*delete it to train again"): run(c, progress=False)
+    assert (run_folder(c) / "row.json").read_text() == '{"method": "dl'
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_sound_checkpoint(tmp_path, unstopped):
+    c, usual = config(out=str(tmp_path)), training.loss_of_batch
+    with pytest.MonkeyPatch.context() as m:
+        calls = []
+        m.setattr(training, "loss_of_batch", lambda *a: usual(*a) * (float("nan") if calls.append(1) or len(calls) == 5 else 1))
+        m.setattr(training, "CHECKPOINT_SECONDS", 0)
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 5 of dli-.*rate.*lower lr"): run(c, progress=False)
+    run(c, progress=False)
+    assert outcome(c) == unstopped
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, unstopped):
+    c, usual = config(out=str(tmp_path)), training.train_step
+
+    def spoil(model, *rest):
+        value = usual(model, *rest)
+        if rest[1].state[next(model.parameters())]["step"] == 5: next(model.parameters()).data[:] = float("inf")
+        return value
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, "train_step", spoil)
+        m.setattr(training, "CHECKPOINT_SECONDS", 0)
+        with pytest.raises(FloatingPointError, match="is not finite .*lower lr"): run(c, progress=False)
+    run(c, progress=False)
+    assert outcome(c) == unstopped
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+@pytest.mark.parametrize("writes", [0, 1, 2, 5])
+def test_a_full_disk_is_named_and_the_run_continues(writes, tmp_path, unstopped):
+    c, files = config(out=str(tmp_path)), []
+
+    def limited(path, mode):
+        files.append(path)
+        return open(path if len(files) <= writes else "/dev/full", mode)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, "open", limited, raising=False)
+        with pytest.raises(OSError, match=r"No space left on device.*make room, then call run again.*") as error: run(c, progress=False)
+    assert error.value.errno == 28 and not list(run_folder(c).glob("*.part")) and not (run_folder(c) / "row.json").exists()
+    run(c, progress=False)
+    assert outcome(c) == unstopped
+
+
+def train_until_interrupted(c, errors: Path):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    train_apart(c, 0, 1)
+
+
+def test_another_process_is_kept_out_until_ctrl_c(tmp_path):
+    c = config(steps=2000, out=str(tmp_path))
+    process = PROCESSES.Process(target=train_until_interrupted, args=(c, tmp_path / "errors"))
+    process.start()
+    while not (run_folder(c) / CHECKPOINTS[0]).exists(): time.sleep(0.05)
+    with pytest.raises(RuntimeError, match=f"{run_key(c)}: another process is training this very run: wait for it, or end it"): run(c, progress=False)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 1 and "KeyboardInterrupt: stopped at step" in (tmp_path / "errors").read_text()
+    fresh = training.begin(c, run_samples(c)[0])
+    with training.locked(run_folder(c)): training.resume(fresh, run_folder(c))
+    assert fresh.step >= 2
+
+
+def test_seeds_repeat_and_differ(tmp_path, unstopped):
+    again, other = config(out=str(tmp_path)), config(seed=5, out=str(tmp_path))  # seed 5 validates the same fold number of another partition
+    run(again, progress=False), run(other, progress=False)
+    assert outcome(again) == unstopped and outcome(other)[3] != unstopped[3]
+
+
+def test_no_global_generator_is_used(tmp_path):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    run(config(out=str(tmp_path)), progress=False)
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
