@@ -1,6 +1,8 @@
 "Algorithm 1: what is planned, what is injected where, and that nothing goes wrong in the middle of an epoch."
 import pickle
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -79,10 +81,14 @@ def test_crops_are_pieces_of_their_images(seed, transforms, margin):
             assert low <= max(begin - margin - 1, 0) and high >= min(begin + length + margin + 1, size), "room for the margin and one pixel"
 
 
-def test_a_pool_grows_with_the_defects():
-    masks = np.zeros((5, 200, 200), np.uint8)
-    masks[:, 50:54, 60:65] = 2
-    assert sum(d.image.nbytes for d in DonorPool(make_samples(masks), margin=2).donors) == 5 * 10 * 11
+@pytest.mark.parametrize("side", [70, 200, 500])
+def test_a_pool_grows_with_the_defects_and_not_with_the_images(side):
+    masks = np.zeros((5, side, side), np.uint8)
+    masks[:3, 50:54, 60:65], masks[4, 20:40, 20:40] = 2, 2
+    pool = DonorPool(make_samples(masks), margin=2)
+    assert [d.image.nbytes for d in pool.donors] == [d.mask.nbytes for d in pool.donors] == [10 * 11] * 3 + [26 * 26]
+    kept = [x if x.base is None else x.base for d in pool.donors for x in (d.image, d.mask)]
+    assert sum(x.nbytes for x in kept) == 2 * (3 * 10 * 11 + 26 * 26), "no view keeps an image alive"
 
 
 def test_transforms_by_class():
@@ -161,6 +167,23 @@ def test_plans_are_legal(seed, fill, choose):
         assert uses.max() - uses.min() <= 1
 
 
+@properties
+@given(st.integers(0, 10**6), st.sampled_from(("uniform", "all")), st.integers(0, 3), st.sampled_from((torch.uint8, torch.int64)))
+def test_class_counts_of_a_batch_after_injection(seed, fill, absent, mask_dtype):
+    "As the protocol says, counted in the masks that come back; a class may have no donors."
+    samples, (images, masks) = random_samples(seed, n=12), random_batch(seed + 1, n=14, mask_dtype=mask_dtype)
+    samples.masks[samples.masks == absent] = 0 if (samples.masks != absent).any(where=samples.masks > 0) else absent
+    inject = DynamicLabelInjection(DonorPool(make_samples(samples.masks, samples.images)), fill=fill)
+    labels = inject(images, masks, seeded(seed))[1]
+    before, after = (class_presence(m, 3).sum(0) for m in (masks, labels))
+    has, clean = np.array(list(inject.pool.counts.values())) > 0, len(find_clean(masks))
+    wanted = clean if fill == "all" else min(clean, (before.max() - before)[has].sum())
+    assert (after >= before).all() and (after - before).sum() == wanted and (after == before)[~has].all()
+    assert len(find_clean(labels)) == clean - wanted and inject.stats.injected == dict(zip(CLASSES, after - before))
+    if (raised := after > before).any(): assert after[raised].max() <= after[has].min() + 1, "rarest first"
+    if fill == "uniform": assert after.max() == before.max() and (wanted == clean or (after[has] == before.max()).all())
+
+
 def test_several_classes_in_one_image_count_for_each():
     masks = torch.zeros(6, 8, 8, dtype=torch.long)
     masks[0, 0, 0], masks[0, 1, 1], masks[1, 2, 2] = 1, 2, 1
@@ -226,6 +249,18 @@ def test_plans_replay_bit_for_bit(seed, image, dtype):
         assert torch.equal(a, b) and torch.equal(b, c)
 
 
+def test_plans_replay_with_any_number_of_threads():
+    images, masks = random_batch(0, n=12, size=(90, 80), channels=3, dtype=torch.float32)
+    inject, threads = DynamicLabelInjection(DonorPool(random_samples(0, size=(90, 80)), WILD), fill="all"), torch.get_num_threads()
+    plan, results = inject.make_params(masks, seeded(0)), []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        results.append(inject.transform(images, masks, plan))
+    torch.set_num_threads(threads)
+    assert plan.poisson.any() and not plan.poisson.all()
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 def test_damaged_plans():
     text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
     assert len(InjectionPlan.from_json(text)) == 0
@@ -238,6 +273,14 @@ def test_plan_for_another_batch():
     inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
     plan = inject.make_params(torch.zeros(9, 16, 12, dtype=torch.uint8), seeded(0))
     with pytest.raises(ValueError, match="plan: expected images below 6 .*got image 8"): inject.transform(images, masks, plan)
+
+
+def test_plan_with_an_image_twice():
+    images, masks = torch.zeros(9, 1, 16, 12), torch.zeros(9, 16, 12, dtype=torch.uint8)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
+    plan = inject.make_params(masks, seeded(0))
+    plan.target[:2] = 5
+    with pytest.raises(ValueError, match="plan: expected each image once, got image 5 more often"): inject.transform(images, masks, plan)
 
 
 # -- where it lands ---------------------------------------------------------------------------------------------------
@@ -310,6 +353,31 @@ def test_a_donor_pulled_from_the_border_is_continued_by_its_mirror_image():
     after, labels = inject.transform(*(torch.zeros(200, *s, dtype=torch.uint8) for s in ((1, 9, 20), (9, 20))), plan)
     assert plan.x.max() - inject.pool.donors[0].anchor[1] == 4
     assert after[plan.target[i], 0, 4, :9].tolist() == [0, 40, 30, 20, 10, 20, 30, 40, 0] and (labels[plan.target[i], 4, :9] > 0).sum() == 7
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(-20, 36), st.integers(-20, 32), st.integers(0, 3))
+def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margin):
+    "Nothing raises, wherever a plan puts a donor: the target receives what a canvas around it would, and may receive nothing."
+    inject = DynamicLabelInjection(DonorPool(random_samples(seed), transforms, margin), p_poisson=0.5, fill="all")
+    target, canvas = (torch.zeros(1, *size, dtype=torch.uint8) for size in ((16, 12), (116, 112)))
+    plan = inject.make_params(target, seeded(seed))
+    plan.y[:], plan.x[:] = y, x
+    seen, whole = (inject.transform(m[:, None], m, replace(plan, y=plan.y + room, x=plan.x + room)) for m, room in ((target, 0), (canvas, 50)))
+    assert torch.equal(seen[1], whole[1][:, 50:66, 50:62])
+    if not plan.poisson[0]: assert torch.equal(seen[0], whole[0][:, :, 50:66, 50:62])
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((FLIPS, WILD)), st.tuples(st.integers(3, 24), st.integers(3, 24)), st.booleans())
+def test_the_label_is_the_placed_mask_whatever_the_blend(seed, transforms, size, mix):
+    pool, images, masks = DonorPool(random_samples(seed), transforms), torch.rand(4, 1, *size), torch.zeros(4, *size, dtype=torch.int64)
+    plan = DynamicLabelInjection(pool, fill="all").make_params(masks, seeded(seed))
+    labels = [DynamicLabelInjection(pool, mix_gradients=mix, region=region).transform(images, masks, replace(plan, poisson=np.full(4, poisson)))[1]
+              for poisson in (True, False) for region in ("exact", "image")]
+    assert all(torch.equal(labels[0], other) for other in labels[1:])
+    for p in injection.place_donors(pool, plan, images):
+        assert p.mask.sum() == (labels[0][p.target] > 0).sum() and torch.equal(labels[0][p.target][p.window] > 0, p.mask)
 
 
 def turned_label(angle, scale):
@@ -389,6 +457,17 @@ def test_grey_donors_serve_colour_images(seed):
     inject = DynamicLabelInjection(DonorPool(random_samples(seed)))
     grey, colour = (inject(x, masks, seeded(seed))[0] for x in (images, images.expand(-1, 3, -1, -1)))
     assert torch.equal(colour, grey.expand(-1, 3, -1, -1))
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((FLIPS, WILD)))
+def test_colour_donors_are_three_grey_ones(seed, transforms):
+    samples, (images, masks) = random_samples(seed, colour=True), random_batch(seed, channels=3)
+    def inject(samples, images): return DynamicLabelInjection(DonorPool(samples, transforms), fill="all")(images, masks, seeded(seed))
+    after, labels = inject(samples, images)
+    for c in range(3):
+        channel, same = inject(make_samples(samples.masks, samples.images[..., c]), images[:, c:c + 1])
+        assert torch.equal(after[:, c:c + 1], channel) and torch.equal(labels, same)
 
 
 def test_colour_donors():
@@ -511,20 +590,37 @@ def test_wrong_choices(wrong):
 # -- loaders, pictures, devices ---------------------------------------------------------------------------------------
 
 class Collate:
-    def __init__(self, inject): self.inject = inject
-    def __call__(self, batch): return self.inject(*torch.utils.data.default_collate(batch))
+    def __init__(self, inject, generator=None): self.inject, self.generator = inject, generator
+    def __call__(self, batch): return self.inject(*torch.utils.data.default_collate(batch), generator=self.generator)
+
+
+def batches_of_workers(generator, start="fork"):
+    """Two epochs of four batches of the same two images, each batch by a worker of its own, in which a small defect may land anywhere:
+    as bytes, images and masks. Half are Poisson, so that compiled code runs in the workers, after it has run here."""
+    mask = np.zeros((1, 48, 48), np.uint8)
+    mask[0, 20:24, 20:24] = 1
+    inject = DynamicLabelInjection(DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(p=1, shift=0.5))), fill="all")
+    data = [(torch.full((1, 48, 48), 0.5), torch.zeros(48, 48, dtype=torch.uint8))] * 8
+    assert (inject(*torch.utils.data.default_collate(data))[1] > 0).any()
+    loader = torch.utils.data.DataLoader(data, 2, num_workers=4, collate_fn=Collate(inject, generator), generator=seeded(0),
+                                         multiprocessing_context=start, persistent_workers=start == "spawn")
+    epochs = [list(loader), list(loader)]
+    assert [len(e) for e in epochs] == [4, 4] and all((m > 0).flatten(1).any(1).all() for e in epochs for _, m in e)
+    return [[i.numpy().tobytes() + m.numpy().tobytes() for i, m in e] for e in epochs]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_workers_do_not_repeat_each_other():
-    "Eight batches of the same images, by four workers in two epochs, in which a small defect may land anywhere."
-    mask = np.zeros((1, 48, 48), np.uint8)
-    mask[0, 20:24, 20:24] = 1
-    pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(p=1, shift=0.5)))
-    data = [(torch.zeros(1, 48, 48), torch.zeros(48, 48, dtype=torch.uint8))] * 8
-    loader = torch.utils.data.DataLoader(data, 2, num_workers=4, collate_fn=Collate(DynamicLabelInjection(pool, fill="all")), generator=seeded(0))
-    labels = [masks for _ in range(2) for _, masks in loader]
-    assert len(labels) == 8 and len({m.numpy().tobytes() for m in labels}) == 8
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_do_not_repeat_each_other(start):
+    first, second = batches_of_workers(None, start)
+    assert len({*first, *second}) == 8
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_would_repeat_each_other_with_a_generator_of_their_own():
+    "What the test above would see if randomness came from anywhere but the generator that the loader reseeds."
+    first, second = batches_of_workers(seeded(0))
+    assert len({*first, *second}) == 1
 
 
 def test_global_generator():
