@@ -7,10 +7,10 @@ __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'PATIENCE', 'CHOICES', 'DonorTransform
            'crop_axis', 'central_pixel', 'cut_donor', 'mask_extent', 'default_margin', 'class_transforms', 'cut_donors',
            'DonorPool', 'find_clean', 'class_presence', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map',
            'fit_offset', 'land_anchors', 'InjectionPlan', 'read_columns', 'describe_injection', 'draw_plan',
-           'target_windows', 'place_straight', 'bilinear', 'sample_turned', 'place_turned', 'place_donor', 'Placement',
-           'fit_patch', 'place_donors', 'blend_all', 'blend_whole', 'write_label', 'check_masks', 'check_values',
-           'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_plan',
-           'InjectionChoices', 'DynamicLabelInjection', 'show_batch']
+           'target_windows', 'crop_places', 'place_straight', 'bilinear', 'sample_turned', 'place_turned', 'Placement',
+           'fit_patch', 'make_placement', 'place_donors', 'blend_all', 'blend_whole', 'write_label', 'check_masks',
+           'check_values', 'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch',
+           'check_plan', 'InjectionChoices', 'DynamicLabelInjection', 'show_batch']
 
 # %% ../nbs/02_injection.ipynb #02-injection-003
 import json
@@ -183,7 +183,7 @@ class DonorPool:
         if not self.donors:
             raise ValueError(f"DonorPool: expected samples with defects, got {len(samples)} images from {samples.source!r} whose masks are all 0")
         self.labels = np.array([d.label for d in self.donors])
-        self.anchors, self.boxes = np.array([d.anchor for d in self.donors]), np.array([d.box for d in self.donors])
+        self.anchors, self.boxes, self.corners = (np.array([getattr(d, n) for d in self.donors]) for n in ("anchor", "box", "corner"))
         self.extents = np.array([mask_extent(d) for d in self.donors])
 
     def __len__(self) -> int:
@@ -392,10 +392,21 @@ def target_windows(
     return np.clip(np.stack([low, high], 2), 0, np.array(size)[:, None]).astype(int)
 
 # %% ../nbs/02_injection.ipynb #02-injection-072
+def crop_places(
+    pool: DonorPool,
+    plan: InjectionPlan,  # n injections
+    windows: np.ndarray,  # int (n, 2, 2), see `target_windows`
+) -> tuple[np.ndarray, np.ndarray]:  # float64 (n, 2), (n, 2, 2)
+    "Where in its donor's crop each window's first pixel lies, and how that moves with the window's rows and columns."
+    maps = linear_map(plan.hflip, plan.vflip, plan.angle, plan.scale)
+    steps, offsets = maps.transpose(0, 2, 1) / plan.scale[:, None, None] ** 2, windows[:, :, 0] - np.stack([plan.y, plan.x], 1)
+    return (steps @ offsets[..., None])[..., 0] + pool.anchors[plan.donor] - pool.corners[plan.donor], steps
+
+# %% ../nbs/02_injection.ipynb #02-injection-075
 def place_straight(
     donor: Donor,
     start: np.ndarray,  # float64 (2,): the crop's pixel at the window's first, whole numbers
-    step: np.ndarray,  # float64 (2, 2): diagonal, 1 or -1: how it moves with the window's rows and columns
+    step: np.ndarray,  # float64 (2, 2): diagonal, 1 or -1
     size: np.ndarray,  # int (2,): of the window: height, width
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (C, h, w), bool (h, w)
     "A mirrored donor and its mask over a window."
@@ -404,7 +415,7 @@ def place_straight(
     rows, cols = map(slice, first.tolist(), (first + size).tolist())
     return tuple(x[..., rows, cols][..., ::v, ::h].copy() for x in (donor.image, donor.mask))
 
-# %% ../nbs/02_injection.ipynb #02-injection-074
+# %% ../nbs/02_injection.ipynb #02-injection-077
 @njit(cache=True, nogil=True)
 def bilinear(
     image,  # (h, w)
@@ -420,13 +431,13 @@ def bilinear(
     lower = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
     return upper * (1 - fy) + lower * fy
 
-# %% ../nbs/02_injection.ipynb #02-injection-076
+# %% ../nbs/02_injection.ipynb #02-injection-079
 @njit(cache=True, nogil=True)
 def sample_turned(
     image,  # (C, h, w), the crop
     mask,  # bool (h, w)
-    start,  # float64 (2,): the crop's place at the window's first pixel
-    step,  # float64 (2, 2): how it moves with the window's rows and columns
+    start,  # float64 (2,), see `crop_places`
+    step,  # float64 (2, 2), likewise
     patch,  # (C, m, n): written
     placed,  # bool (m, n): written
 ):
@@ -438,31 +449,17 @@ def sample_turned(
             placed[i, j] = bilinear(mask, y, x) >= 0.5
             for c in range(len(image)): patch[c, i, j] = bilinear(image[c], y, x)
 
-# %% ../nbs/02_injection.ipynb #02-injection-077
+# %% ../nbs/02_injection.ipynb #02-injection-080
 def place_turned(
     donor: Donor,
-    start: np.ndarray,  # float64 (2,): the crop's place at the window's first pixel
-    step: np.ndarray,  # float64 (2, 2): how it moves with the window's rows and columns
+    start: np.ndarray,  # float64 (2,), see `crop_places`
+    step: np.ndarray,  # float64 (2, 2), likewise
     size: np.ndarray,  # int (2,): of the window: height, width
 ) -> tuple[np.ndarray, np.ndarray]:  # float64 (C, h, w) in 0..255, bool (h, w)
     "A turned donor and its mask over a window."
     patch, mask = np.empty((len(donor.image), *size)), np.empty(size, bool)
     sample_turned(donor.image, donor.mask, start, step, patch, mask)
     return patch, mask
-
-# %% ../nbs/02_injection.ipynb #02-injection-078
-def place_donor(
-    donor: Donor,
-    matrix: np.ndarray,  # float64 (2, 2), see `linear_map`
-    at: tuple[int, int],  # where the anchor lands, (y, x)
-    window: np.ndarray,  # int (2, 2): first and end row, first and end column of the target
-) -> tuple[np.ndarray, np.ndarray]:  # uint8 or float64 (C, h, w) in 0..255, bool (h, w)
-    "Step c: the transformed donor and its mask, over a window of the target."
-    first, end = window.T
-    step = matrix.T / (matrix[0] @ matrix[0])  # the inverse
-    start = step @ (first - at) + np.subtract(donor.anchor, donor.corner)
-    straight = (np.abs(step) == np.eye(2)).all()
-    return (place_straight if straight else place_turned)(donor, start, step, end - first)
 
 # %% ../nbs/02_injection.ipynb #02-injection-082
 @dataclass(frozen=True, eq=False)
@@ -487,24 +484,36 @@ def fit_patch(
     return patch.expand(like.shape[1], -1, -1).to(like.device)
 
 # %% ../nbs/02_injection.ipynb #02-injection-084
+def make_placement(
+    pool: DonorPool,
+    plan: InjectionPlan,
+    i: int,  # which injection
+    window: np.ndarray,  # int (2, 2), see `target_windows`
+    patch: np.ndarray,  # (C, h, w) in 0..255
+    mask: np.ndarray,  # bool (h, w)
+    images: torch.Tensor,  # (B, C, H, W), the targets
+) -> Placement:
+    "A transformed donor as a `Placement`."
+    mask, poisson = torch.from_numpy(mask), bool(plan.poisson[i])
+    region = grow_mask(mask[None], pool.margin)[0] if poisson else mask
+    return Placement(int(plan.target[i]), tuple(slice(*w) for w in window.tolist()), int(plan.label[i]), poisson,
+                     fit_patch(patch, images), mask.to(images.device), region.to(images.device))
+
+# %% ../nbs/02_injection.ipynb #02-injection-085
 def place_donors(
     pool: DonorPool,
     plan: InjectionPlan,
     images: torch.Tensor,  # (B, C, H, W), the targets
 ) -> list[Placement]:  # one per injection, but for those of which nothing is left
     "Step c for a whole plan. Computed on the CPU, so that it is the same to the bit for every device."
-    maps, size = linear_map(plan.hflip, plan.vflip, plan.angle, plan.scale), images.shape[2:]
-    placements = []
-    for i, window in enumerate(target_windows(pool, plan, size)):
-        patch, mask = place_donor(pool.donors[plan.donor[i]], maps[i], (plan.y[i], plan.x[i]), window)
-        if not mask.any(): continue
-        mask = torch.from_numpy(mask)
-        region = grow_mask(mask[None], pool.margin)[0] if plan.poisson[i] else mask
-        placements.append(Placement(int(plan.target[i]), tuple(slice(*w) for w in window.tolist()), int(plan.label[i]), bool(plan.poisson[i]),
-                                    fit_patch(patch, images), mask.to(images.device), region.to(images.device)))
+    windows = target_windows(pool, plan, images.shape[2:])
+    placements, sizes, turned = [], windows[:, :, 1] - windows[:, :, 0], (plan.angle != 0) | (plan.scale != 1)
+    for i, (start, step) in enumerate(zip(*crop_places(pool, plan, windows))):
+        patch, mask = (place_turned if turned[i] else place_straight)(pool.donors[plan.donor[i]], start, step, sizes[i])
+        if mask.any(): placements.append(make_placement(pool, plan, i, windows[i], patch, mask, images))
     return placements
 
-# %% ../nbs/02_injection.ipynb #02-injection-087
+# %% ../nbs/02_injection.ipynb #02-injection-091
 def blend_all(
     images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
     placements: list[Placement],
@@ -518,7 +527,7 @@ def blend_all(
         elif whole: images[p.target] = blend_whole(images[p.target], p, mix_gradients)
         else: view.copy_(poisson_blend(view[None], p.patch[None], p.region[None], mix_gradients)[0])
 
-# %% ../nbs/02_injection.ipynb #02-injection-088
+# %% ../nbs/02_injection.ipynb #02-injection-092
 def blend_whole(
     image: torch.Tensor,  # (C, H, W)
     placement: Placement,
@@ -529,7 +538,7 @@ def blend_whole(
     src[(..., *placement.window)], mask[placement.window] = placement.patch, placement.region
     return poisson_blend_image(image[None], src[None], mask[None], mix_gradients)[0]
 
-# %% ../nbs/02_injection.ipynb #02-injection-089
+# %% ../nbs/02_injection.ipynb #02-injection-093
 def write_label(
     masks: torch.Tensor,  # integer (B, H, W): altered in place
     placement: Placement,
@@ -539,7 +548,7 @@ def write_label(
     view = masks[placement.target][placement.window]
     view.masked_fill_(placement.region if grow_label else placement.mask, placement.label)
 
-# %% ../nbs/02_injection.ipynb #02-injection-093
+# %% ../nbs/02_injection.ipynb #02-injection-097
 def check_masks(
     masks: torch.Tensor,  # expected: (B, H, W), any integer type
 ) -> None:
@@ -547,7 +556,7 @@ def check_masks(
     if masks.ndim != 3 or masks.dtype.is_floating_point or masks.dtype == torch.bool:
         raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}")
 
-# %% ../nbs/02_injection.ipynb #02-injection-094
+# %% ../nbs/02_injection.ipynb #02-injection-098
 def check_values(
     images: torch.Tensor,  # expected: floats in 0..1, or uint8
 ) -> None:
@@ -557,7 +566,7 @@ def check_values(
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: inject before normalising")
 
-# %% ../nbs/02_injection.ipynb #02-injection-095
+# %% ../nbs/02_injection.ipynb #02-injection-099
 def check_batch(
     images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
     masks: torch.Tensor,  # expected: (B, H, W), any integer type, on the same device
@@ -576,7 +585,7 @@ def check_batch(
                          f"got {tuple(masks.shape)} on {masks.device}")
     check_values(images)
 
-# %% ../nbs/02_injection.ipynb #02-injection-098
+# %% ../nbs/02_injection.ipynb #02-injection-102
 @dataclass
 class InjectionStats:
     "What an injection has done so far, in this process (each worker of a loader counts for itself)."
@@ -585,7 +594,7 @@ class InjectionStats:
     images: int = 0           # images in them
     clean: int = 0            # of those: defect-free before the injection
 
-# %% ../nbs/02_injection.ipynb #02-injection-099
+# %% ../nbs/02_injection.ipynb #02-injection-103
 def explain_nothing(
     stats: InjectionStats,  # with no injection
 ) -> str:
@@ -596,10 +605,10 @@ def explain_nothing(
         return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
-# %% ../nbs/02_injection.ipynb #02-injection-100
+# %% ../nbs/02_injection.ipynb #02-injection-104
 PATIENCE = 50  # batches without any injection before the warning
 
-# %% ../nbs/02_injection.ipynb #02-injection-101
+# %% ../nbs/02_injection.ipynb #02-injection-105
 def update_stats(
     stats: InjectionStats,  # altered
     pool: DonorPool,
@@ -613,7 +622,7 @@ def update_stats(
         warnings.warn(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: "
                       f"{explain_nothing(stats)} ({pool})", stacklevel=3)
 
-# %% ../nbs/02_injection.ipynb #02-injection-103
+# %% ../nbs/02_injection.ipynb #02-injection-107
 def plan_batch(
     pool: DonorPool,
     masks: torch.Tensor,  # (B, H, W), any integer type
@@ -631,7 +640,7 @@ def plan_batch(
     targets = clean[torch.randperm(len(clean), generator=generator).numpy()[:len(labels)]]
     return draw_plan(pool, targets, draw_donors(pool, labels, generator), tuple(masks.shape[1:]), p_poisson, generator)
 
-# %% ../nbs/02_injection.ipynb #02-injection-105
+# %% ../nbs/02_injection.ipynb #02-injection-109
 def check_plan(
     plan: InjectionPlan,
     pool: DonorPool,
@@ -645,10 +654,10 @@ def check_plan(
     if (again := np.bincount(plan.target) > 1).any():
         raise ValueError(f"plan: expected each image once, got image {again.argmax()} more often: apply the others as a second plan")
 
-# %% ../nbs/02_injection.ipynb #02-injection-107
+# %% ../nbs/02_injection.ipynb #02-injection-111
 CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
 
-# %% ../nbs/02_injection.ipynb #02-injection-108
+# %% ../nbs/02_injection.ipynb #02-injection-112
 @dataclass(eq=False)
 class InjectionChoices:
     "What to inject and how. Raises ValueError for an unknown choice."
@@ -666,7 +675,7 @@ class InjectionChoices:
             if (value := getattr(self, name)) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
 
-# %% ../nbs/02_injection.ipynb #02-injection-111
+# %% ../nbs/02_injection.ipynb #02-injection-115
 class DynamicLabelInjection(InjectionChoices):
     "Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`."
 
@@ -703,7 +712,7 @@ class DynamicLabelInjection(InjectionChoices):
 
     forward = __call__
 
-# %% ../nbs/02_injection.ipynb #02-injection-117
+# %% ../nbs/02_injection.ipynb #02-injection-121
 def show_batch(
     before: torch.Tensor,  # (B, C, H, W), the images given
     after: torch.Tensor,  # (B, C, H, W), the images returned

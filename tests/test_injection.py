@@ -29,7 +29,7 @@ def make_samples(masks, images=None, classes=CLASSES):
     images = np.random.default_rng(0).integers(0, 256, masks.shape, np.uint8) if images is None else np.asarray(images, np.uint8)
     names = [classes[m.max() - 1] if m.any() else "Free" for m in masks]
     table = pd.DataFrame({"name": [f"image {i}" for i in range(len(masks))], "class": names, "tile": range(len(masks)), "exposure": 1,
-                          "width": 1, "height": 1, "suspect": False})
+                          "width": 1, "height": 1, "usable": True})
     return Samples(images, masks, table, classes, "by hand")
 
 
