@@ -11,8 +11,8 @@ __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'O
            'download', 'leaves_folder', 'unpack', 'install_archive', 'fetch_magnetic_tiles', 'decode', 'decode_all',
            'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'marks', 'blob', 'clean_surface', 'blowhole',
            'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph', 'synthetic_counts',
-           'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset', 'dataset_table', 'usable_images',
-           'assign_folds', 'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
+           'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset', 'dataset_table', 'assign_folds',
+           'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-003
 import hashlib
@@ -41,7 +41,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm.auto import tqdm
 
 # %% ../nbs/00_data.ipynb #00-data-005
-TABLE_COLUMNS = ("name", "class", "tile", "exposure", "width", "height", "suspect")
+TABLE_COLUMNS = ("name", "class", "tile", "exposure", "width", "height", "usable")
 FREE = "Free"
 
 # %% ../nbs/00_data.ipynb #00-data-007
@@ -153,7 +153,7 @@ MT_URL = "https://github.com/abin24/Magnetic-tile-defect-datasets./archive/refs/
 
 # %% ../nbs/00_data.ipynb #00-data-022
 def read_index() -> pd.DataFrame:
-    "A row per photograph: name, class, number, exposure, width, height, tile, suspect, SHA-256 of its jpg and png."
+    "A row per photograph: name, class, number, exposure, width, height, tile, suspect, usable, SHA-256 of its jpg and png."
     return pd.read_csv(Path(find_spec("dli.data").origin).with_name("magnetic_tiles.csv"))
 
 # %% ../nbs/00_data.ipynb #00-data-025
@@ -661,7 +661,7 @@ def synthetic_tiles(
     for tile, (kind, count) in enumerate(plan):
         for image, mask, exposure in photograph_tile(rng, kind, count, size):
             photos.append((image, mask))
-            rows.append((f"synthetic_{tile}_exp{exposure}", kind, tile, exposure, size, size, False))
+            rows.append((f"synthetic_{tile}_exp{exposure}", kind, tile, exposure, size, size, True))
     images, masks = map(np.stack, zip(*photos))
     return Samples(images, masks, pd.DataFrame(rows, columns=list(TABLE_COLUMNS)), MT_CLASSES, "synthetic")
 
@@ -702,15 +702,7 @@ def dataset_table(
 # %% ../nbs/00_data.ipynb #00-data-126
 PROTOCOLS = ("tile", "image")
 
-# %% ../nbs/00_data.ipynb #00-data-128
-def usable_images(
-    samples: Samples,  # any
-) -> np.ndarray:  # bool (N,)
-    "Images that may train or validate: neither suspect, nor defective with an empty mask."
-    empty = ~samples.masks.any(axis=(1, 2))
-    return ~samples.table["suspect"].to_numpy(bool) & (samples.clean | ~empty)
-
-# %% ../nbs/00_data.ipynb #00-data-130
+# %% ../nbs/00_data.ipynb #00-data-129
 def assign_folds(
     labels: np.ndarray,  # int (N,): class, which is stratified
     groups: np.ndarray,  # (N,): images of one group get one fold
@@ -722,16 +714,16 @@ def assign_folds(
     for fold, (_, held_out) in enumerate(splitter.split(labels, labels, groups)): folds[held_out] = fold
     return folds
 
-# %% ../nbs/00_data.ipynb #00-data-132
+# %% ../nbs/00_data.ipynb #00-data-131
 def check_tiles(
     samples: Samples,  # the usable ones
 ) -> None:
     "Raise a ValueError that names the classes with too few tiles for five folds."
     counts = {c: samples.table["tile"][samples.table["class"] == c].nunique() for c in (*samples.classes, FREE)}
     few = {c: k for c, k in counts.items() if k < FOLDS and not (c == FREE and k == 0)}
-    if few: raise ValueError(f"{FOLDS} folds need at least {FOLDS} tiles of each class with a mask that is not empty, got {few}")
+    if few: raise ValueError(f"{FOLDS} folds need at least {FOLDS} tiles of each class with usable images, got {few}")
 
-# %% ../nbs/00_data.ipynb #00-data-133
+# %% ../nbs/00_data.ipynb #00-data-132
 def held_out(
     samples: Samples,  # the usable ones
     protocol: str,  # one of `PROTOCOLS`
@@ -746,7 +738,7 @@ def held_out(
         folds[defective] = assign_folds(labels[defective], np.arange(defective.sum()), partition)
     return folds == fold
 
-# %% ../nbs/00_data.ipynb #00-data-135
+# %% ../nbs/00_data.ipynb #00-data-134
 def take_fraction(
     labels: np.ndarray,  # int (N,): class of each image
     groups: np.ndarray,  # (N,): kept or left as a whole
@@ -759,7 +751,7 @@ def take_fraction(
             for own in [order[np.isin(order, groups[labels == k])]]]
     return np.isin(groups, np.concatenate(keep))
 
-# %% ../nbs/00_data.ipynb #00-data-137
+# %% ../nbs/00_data.ipynb #00-data-136
 def check_split(
     protocol: str,  # one of `PROTOCOLS`
     seed: int,  # >= 0
@@ -770,7 +762,7 @@ def check_split(
     if seed < 0: raise ValueError(f"expected seed >= 0, got {seed}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
 
-# %% ../nbs/00_data.ipynb #00-data-139
+# %% ../nbs/00_data.ipynb #00-data-138
 def split_samples(
     samples: Samples,  # all of them
     protocol: str = "tile",  # "tile": photographs of a tile stay together; "image": the paper's random split
@@ -780,13 +772,14 @@ def split_samples(
 ) -> tuple[Samples, Samples]:  # training, validation
     "Split into training and validation. Raises ValueError for a wrong argument or too few tiles."
     check_split(protocol, seed, fraction)
-    usable = np.flatnonzero(usable_images(samples))
+    usable = np.flatnonzero(samples.table["usable"])
     check_tiles(samples[usable])
     held = held_out(samples[usable], protocol, seed)
     train, val = usable[~held], usable[held]
     if not clean_validation:
         val = val[~samples.clean[val]]
         train = np.union1d(train[~samples.clean[train]], np.flatnonzero(samples.clean))
+    train = train[samples.clean[train] | samples.masks[train].any((1, 2))]
     tiles = pd.factorize(samples.table["tile"])[0]
     if protocol == "tile": train = train[~np.isin(tiles[train], tiles[val])]
     groups = tiles if protocol == "tile" else np.arange(len(samples))

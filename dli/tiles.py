@@ -17,7 +17,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .data import FREE, MT_CLASSES, read_index
+from .data import FREE, MT_CLASSES, decode_all, read_index
 
 # %% ../nbs/tiles.ipynb #tiles-008
 def number_series(
@@ -190,12 +190,15 @@ def audit_labels(
 
 # %% ../nbs/tiles.ipynb #tiles-090
 def write_tiles(
-    index: pd.DataFrame,  # of `read_index`
+    root: Path,  # the folder of the dataset
     folder: Path,  # of the package
 ) -> None:
-    "Write `magnetic_tiles.csv` and `magnetic_tiles_audit.csv`."
+    "Write `magnetic_tiles.csv` and `magnetic_tiles_audit.csv` again."
+    index = read_index()
+    clean, filled = (index["class"] == FREE).to_numpy(), decode_all(root, index, 256, 127)[1].any((1, 2))
     tiles = find_tiles(index)
-    known = index.assign(tile=tiles, suspect=suspect_images(tiles, (index["class"] == FREE).to_numpy()))
-    last = ["tile", "suspect", "jpg", "png"]
+    suspect = suspect_images(tiles, clean)
+    known = index.assign(tile=tiles, suspect=suspect, usable=~suspect & (clean | filled))
+    last = ["tile", "suspect", "usable", "jpg", "png"]
     known[[c for c in known if c not in last] + last].to_csv(folder / "magnetic_tiles.csv", index=False)
     audit_labels(known).to_csv(folder / "magnetic_tiles_audit.csv", index=False)
