@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['POISSON_DTYPES', 'check_blend', 'cut_paste', 'guidance', 'net_rise', 'sum_neighbours', 'laplace_matrix',
-           'solve_region', 'bounding_box', 'keep_range', 'to_float64', 'check_poisson', 'poisson_blend', 'grow_mask',
-           'solve_sine', 'poisson_blend_image']
+           'solve_region', 'bounding_box', 'keep_range', 'to_float64', 'check_poisson', 'poisson_patches',
+           'poisson_blend', 'grow_mask', 'solve_sine', 'poisson_blend_image']
 
-# %% ../nbs/01_blending.ipynb #01-blending-002
+# %% ../nbs/01_blending.ipynb #01-blending-003
+from typing import Sequence
+
 import numpy as np
 import torch
 from scipy.fft import dstn, idstn
 from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import splu
 
-# %% ../nbs/01_blending.ipynb #01-blending-005
+# %% ../nbs/01_blending.ipynb #01-blending-006
 POISSON_DTYPES = (torch.uint8, torch.float32, torch.float64)
 
-# %% ../nbs/01_blending.ipynb #01-blending-006
+# %% ../nbs/01_blending.ipynb #01-blending-007
 def check_blend(
     dst: torch.Tensor,  # expected: (B, C, H, W)
     src: torch.Tensor,  # expected: like dst
@@ -30,7 +32,7 @@ def check_blend(
             raise ValueError(f"{name}: expected {dtype} {tuple(shape)} on {dst.device} to go with dst, "
                              f"got {x.dtype} {tuple(x.shape)} on {x.device}")
 
-# %% ../nbs/01_blending.ipynb #01-blending-009
+# %% ../nbs/01_blending.ipynb #01-blending-010
 def cut_paste(
     dst: torch.Tensor,  # (B, C, H, W), the target
     src: torch.Tensor,  # like dst, the source
@@ -40,7 +42,7 @@ def cut_paste(
     check_blend(dst, src, mask)
     return torch.where(mask[:, None], src, dst)
 
-# %% ../nbs/01_blending.ipynb #01-blending-014
+# %% ../nbs/01_blending.ipynb #01-blending-015
 def guidance(
     dst: np.ndarray,  # float64 (C, H, W)
     src: np.ndarray,  # float64 (C, H, W)
@@ -52,7 +54,7 @@ def guidance(
     targets = [np.diff(dst, axis=axis) for axis in (1, 2)]
     return [np.where(np.abs(t) > np.abs(s), t, s) for s, t in zip(steps, targets)]
 
-# %% ../nbs/01_blending.ipynb #01-blending-017
+# %% ../nbs/01_blending.ipynb #01-blending-018
 def net_rise(
     steps: list[np.ndarray],  # see `guidance`
 ) -> np.ndarray:  # float64 (C, H, W)
@@ -60,7 +62,7 @@ def net_rise(
     down, right = steps
     return -np.diff(down, axis=1, prepend=0, append=0) - np.diff(right, axis=2, prepend=0, append=0)
 
-# %% ../nbs/01_blending.ipynb #01-blending-020
+# %% ../nbs/01_blending.ipynb #01-blending-021
 def sum_neighbours(
     x: np.ndarray,  # (..., H, W)
 ) -> np.ndarray:  # like x
@@ -68,7 +70,7 @@ def sum_neighbours(
     p = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1)] * 2)
     return p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:]
 
-# %% ../nbs/01_blending.ipynb #01-blending-022
+# %% ../nbs/01_blending.ipynb #01-blending-023
 def laplace_matrix(
     unknown: np.ndarray,  # bool (H, W), the n pixels to solve for
 ) -> csc_matrix:  # (n, n), symmetric
@@ -83,7 +85,7 @@ def laplace_matrix(
     values = np.concatenate([diagonal, np.full(2 * len(p), -1.0)])
     return csc_matrix((values, (np.r_[:n, p, q], np.r_[:n, q, p])), shape=(n, n))
 
-# %% ../nbs/01_blending.ipynb #01-blending-026
+# %% ../nbs/01_blending.ipynb #01-blending-027
 def solve_region(
     dst: np.ndarray,  # float64 (C, H, W), the target; the mask's neighbours lie inside the array, or nowhere
     src: np.ndarray,  # float64 (C, H, W)
@@ -100,7 +102,7 @@ def solve_region(
     if covered: g += (dst - g).mean(axis=(1, 2), keepdims=True)
     return g[:, mask]
 
-# %% ../nbs/01_blending.ipynb #01-blending-031
+# %% ../nbs/01_blending.ipynb #01-blending-032
 def bounding_box(
     mask: np.ndarray,  # bool (H, W), not empty
     room: int = 1,  # pixels added on each side, as far as the image goes
@@ -109,7 +111,7 @@ def bounding_box(
     sides = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return tuple(slice(max(int(s[0]) - room, 0), min(int(s[-1]) + 1 + room, n)) for s, n in zip(sides, mask.shape))
 
-# %% ../nbs/01_blending.ipynb #01-blending-034
+# %% ../nbs/01_blending.ipynb #01-blending-035
 def keep_range(
     values: np.ndarray,  # float64, a solution
     dtype: torch.dtype,  # of the images
@@ -120,19 +122,38 @@ def keep_range(
     if dtype == torch.uint8: values, low, high = np.rint(values), 0, 255
     return torch.from_numpy(values.clip(low, high)).to(dtype)
 
-# %% ../nbs/01_blending.ipynb #01-blending-036
+# %% ../nbs/01_blending.ipynb #01-blending-037
 def to_float64(x: torch.Tensor) -> np.ndarray:
     "A tensor as a float64 array of its own."
     return x.detach().cpu().to(torch.float64, copy=True).numpy()
 
-# %% ../nbs/01_blending.ipynb #01-blending-037
+# %% ../nbs/01_blending.ipynb #01-blending-038
 def check_poisson(dst: torch.Tensor, src: torch.Tensor, mask: torch.Tensor) -> None:
     "`check_blend`, and a type that can be solved for."
     check_blend(dst, src, mask)
     if dst.dtype not in POISSON_DTYPES:
         raise ValueError(f"dst: expected one of {', '.join(map(str, POISSON_DTYPES))}, got {dst.dtype}; convert the images first")
 
-# %% ../nbs/01_blending.ipynb #01-blending-039
+# %% ../nbs/01_blending.ipynb #01-blending-040
+def poisson_patches(
+    dst: Sequence[torch.Tensor],  # n windows (C, h, w) of targets, each of its own size, uint8, float32 or float64: ALTERED, inside the mask only
+    src: Sequence[torch.Tensor],  # n, each like its dst: the sources
+    mask: Sequence[torch.Tensor],  # n, bool (h, w) on the same device: the regions solved for
+    mix_gradients: bool = False,  # per edge the stronger gradient of source and target, rather than the source's
+) -> None:
+    """`poisson_blend` for windows of any size, in place: views of a batch are written through. All of one type and device; nothing is checked.
+
+    Neighbours beyond a window are taken as beyond the image (Neumann), so a window must hold the mask's neighbours as far as the image goes.
+    Windows may be of any stride, and must not overlap."""
+    for d, s, m in zip(dst, src, mask):
+        region = m.cpu().numpy()
+        if not region.any(): continue
+        box = bounding_box(region)
+        images = [to_float64(x[(slice(None), *box)]) for x in (d, s)]
+        solved = solve_region(*images, region[box], mix_gradients)
+        d[:, m] = keep_range(solved, d.dtype, *images).to(d.device)
+
+# %% ../nbs/01_blending.ipynb #01-blending-043
 def poisson_blend(
     dst: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64, the target; any device
     src: torch.Tensor,  # like dst, the source; its values outside the mask's box do not matter
@@ -145,15 +166,10 @@ def poisson_blend(
     Floats are clamped (see `keep_range`), uint8 rounded. Raises ValueError when shapes, types or devices do not fit."""
     check_poisson(dst, src, mask)
     out = dst.clone()
-    for i, region in enumerate(mask.cpu().numpy()):
-        if not region.any(): continue
-        box = bounding_box(region)
-        images = [to_float64(x[(i, slice(None), *box)]) for x in (dst, src)]
-        solved = solve_region(*images, region[box], mix_gradients)
-        out[i][:, mask[i]] = keep_range(solved, dst.dtype, *images).to(dst.device)
+    poisson_patches(out.unbind(), src.unbind(), mask.unbind(), mix_gradients)
     return out
 
-# %% ../nbs/01_blending.ipynb #01-blending-045
+# %% ../nbs/01_blending.ipynb #01-blending-049
 def grow_mask(
     mask: torch.Tensor,  # bool (B, H, W)
     margin: int,  # pixels; 2 = the authors' dilation by 5x5
@@ -162,7 +178,7 @@ def grow_mask(
     if margin < 0: raise ValueError(f"margin: expected 0 or more pixels, got {margin}")
     return torch.nn.functional.max_pool2d(mask[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
 
-# %% ../nbs/01_blending.ipynb #01-blending-061
+# %% ../nbs/01_blending.ipynb #01-blending-065
 def solve_sine(
     right: np.ndarray,  # float64 (C, h, w), not empty
 ) -> np.ndarray:  # float64 (C, h, w)
@@ -170,7 +186,7 @@ def solve_sine(
     k, l = (2 - 2 * np.cos(np.pi * np.arange(1, n + 1) / (n + 1)) for n in right.shape[1:])
     return idstn(dstn(right, type=1, axes=(1, 2)) / (k[:, None] + l), type=1, axes=(1, 2))
 
-# %% ../nbs/01_blending.ipynb #01-blending-064
+# %% ../nbs/01_blending.ipynb #01-blending-068
 def poisson_blend_image(
     dst: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64, the target; any device
     src: torch.Tensor,  # like dst, the source
