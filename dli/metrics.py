@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Counts', 'count_batch', 'counts_table', 'columns_of', 'iou', 'pooled_iou', 'iou_scores', 'alarm_threshold',
-           'alarm_scores', 'scores']
+           'alarm_scores', 'scores', 'summarize', 'tile_counts', 'resample_tiles', 'weighted_iou_macro', 'Comparison',
+           'check_pairs', 'compare']
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-002
+# %% ../nbs/05_metrics.ipynb #05-metrics-003
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from .data import FREE
 from .losses import one_hot
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-005
+# %% ../nbs/05_metrics.ipynb #05-metrics-006
 @dataclass(frozen=True, eq=False)
 class Counts:
     "What is kept of a batch of predictions."
@@ -30,7 +31,7 @@ class Counts:
     p_max: torch.Tensor  # float32 (B, K): the largest probability
     pixels: int  # H * W
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-006
+# %% ../nbs/05_metrics.ipynb #05-metrics-007
 def count_batch(
     logits: torch.Tensor,  # float (B, K, H, W)
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
@@ -44,7 +45,7 @@ def count_batch(
     tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), one_hot(masks, p.shape[1]).flatten(2), mode="multilabel")
     return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), masks[0].numel())
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-012
+# %% ../nbs/05_metrics.ipynb #05-metrics-013
 def counts_table(
     table: pd.DataFrame,  # a row per image, with name, class and tile (`Samples.table`)
     counts: Counts,  # of the same images in the same order
@@ -57,7 +58,7 @@ def counts_table(
     columns = {f"{kind}_{c}": values[:, k].numpy() for kind, values in kinds.items() for k, c in enumerate(classes)}
     return table[["name", "class", "tile"]].reset_index(drop=True).assign(pixels=counts.pixels, **columns)
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-015
+# %% ../nbs/05_metrics.ipynb #05-metrics-016
 def columns_of(
     table: pd.DataFrame,  # of `counts_table`
     kind: str,  # "tp", "fp", "fn" or "p"
@@ -68,7 +69,7 @@ def columns_of(
     if missing := [c for c in wanted if c not in table]: raise ValueError(f"table: expected the columns of counts_table, missing {missing}")
     return table[wanted].to_numpy()
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-017
+# %% ../nbs/05_metrics.ipynb #05-metrics-018
 def iou(
     tp: float,  # pixels predicted and true
     fp: float,  # predicted, not true
@@ -85,7 +86,7 @@ def pooled_iou(
     "The IoU of counts summed over the table's images and over `classes`."
     return iou(*(columns_of(table, kind, classes).sum() for kind in ("tp", "fp", "fn")))
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-020
+# %% ../nbs/05_metrics.ipynb #05-metrics-021
 def iou_scores(
     table: pd.DataFrame,  # of `counts_table`
     classes: Sequence[str],  # K names
@@ -98,7 +99,7 @@ def iou_scores(
                 **{f"iou_{c}": value for c, value in each.items()},
                 **{f"iou_of_images_{c}": pooled_iou(defective[defective["class"] == c], classes) for c in classes})
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-027
+# %% ../nbs/05_metrics.ipynb #05-metrics-028
 def alarm_threshold(
     scores: np.ndarray,  # of the defective images (N,), at least one
     found: int = 95,  # per cent of them that must reach the threshold
@@ -106,7 +107,7 @@ def alarm_threshold(
     "The largest threshold that at least `found` per cent of the scores reach."
     return float(np.sort(scores)[::-1][math.ceil(len(scores) * found / 100) - 1])
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-030
+# %% ../nbs/05_metrics.ipynb #05-metrics-031
 def alarm_scores(
     table: pd.DataFrame,  # of `counts_table`
     classes: Sequence[str],  # K names
@@ -119,10 +120,102 @@ def alarm_scores(
     if not clean.any() or clean.all(): return result
     return result | dict(auroc_image=float(roc_auc_score(~clean, p)), alarm_at_95=float((p[clean] >= alarm_threshold(p[~clean])).mean()))
 
-# %% ../nbs/05_metrics.ipynb #05-metrics-035
+# %% ../nbs/05_metrics.ipynb #05-metrics-036
 def scores(
     table: pd.DataFrame,  # of `counts_table`: one run's, or several folds' concatenated
     classes: Sequence[str],  # K names
 ) -> dict[str, float | None]:  # None where a score is undefined
     "Every score of the protocol (section 5), flat: `iou_scores` and `alarm_scores`."
     return iou_scores(table, classes) | alarm_scores(table, classes)
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-041
+def summarize(
+    tables: list[pd.DataFrame],  # of `counts_table`, one a fold
+    classes: Sequence[str],  # K names
+) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1), folds
+    "The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds` says so."
+    each = pd.DataFrame([scores(t, classes) for t in tables]).astype(float)
+    pooled = pd.Series(scores(pd.concat(tables), classes), dtype=float)
+    return pd.DataFrame(dict(pooled=pooled, mean=each.mean(), deviation=each.std(), folds=each.count()))
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-044
+def tile_counts(
+    table: pd.DataFrame,  # of `counts_table`, all folds together
+    classes: Sequence[str],  # K names
+) -> pd.DataFrame:  # a row per tile with a defect: class, then tp_, fp_ and fn_ of every class
+    "Counts of the defective images summed over each tile. A tile of several classes is of its most frequent one (of equals, the first of `classes`)."
+    defective = table[table["class"] != FREE]
+    sums = defective.groupby("tile")[[f"{kind}_{c}" for kind in ("tp", "fp", "fn") for c in classes]].sum()
+    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes), fill_value=0)
+    sums.insert(0, "class", images.idxmax(axis=1))
+    return sums
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-046
+def resample_tiles(
+    kinds: np.ndarray,  # (T,) class of each tile
+    times: int,  # how many resamples
+    rng: np.random.Generator,  # consumed
+) -> np.ndarray:  # int (times, T): how often each tile is drawn
+    "As many tiles of each class as there are, with replacement."
+    weights = np.zeros((times, len(kinds)), np.int64)
+    for kind in np.unique(kinds):
+        own = np.flatnonzero(kinds == kind)
+        weights[:, own] = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=times)
+    return weights
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-048
+def weighted_iou_macro(
+    counts: pd.DataFrame,  # of `tile_counts`
+    classes: Sequence[str],  # K names
+    weights: np.ndarray,  # int (R, T): how often each tile counts
+) -> np.ndarray:  # (R,)
+    "`iou_macro` of each resample; a class without a pixel, true or predicted, is left out of its mean."
+    tp, fp, fn = (weights @ counts[[f"{kind}_{c}" for c in classes]].to_numpy() for kind in ("tp", "fp", "fn"))
+    union = tp + fp + fn
+    return np.nanmean(np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0), axis=1)
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-051
+@dataclass(frozen=True)
+class Comparison:
+    "How much better one method is than another, in `iou_macro`."
+    difference: float  # pooled over all folds
+    low: float  # 95 % interval: its lower end
+    high: float  # and its upper end
+    folds: tuple[float, ...]  # the difference in each fold
+    tiles: int  # that were resampled
+
+    def __str__(self):
+        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], folds " + " ".join(f"{d:+.3f}" for d in self.folds)
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-052
+def check_pairs(
+    a: list[pd.DataFrame],  # counts tables of one method
+    b: list[pd.DataFrame],  # of the other
+) -> None:
+    "Raise a ValueError that names the fold and the images that are on one side only, or whose truth differs."
+    if len(a) != len(b) or not a: raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
+    for fold, (x, y) in enumerate(zip(a, b)):
+        if other := sorted(set(x["name"]) ^ set(y["name"])):
+            raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: {other[:3]}")
+        pairs = x[["name", "class", "tile", "pixels"]].merge(y[["name", "class", "tile", "pixels"]])
+        if len(pairs) != len(x): raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two sides")
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-053
+def compare(
+    a: list[pd.DataFrame],  # `counts_table` of one method, a table per fold
+    b: list[pd.DataFrame],  # of another: the same folds, the same images
+    classes: Sequence[str],  # K names
+    times: int = 10_000,  # resamples
+    seed: int = 0,  # of the resampling
+) -> Comparison:  # a - b
+    """Paired difference of `iou_macro` with its 95 % tile-bootstrap interval (protocol, section 6).
+
+    Tables of several partitions may be given together: then a tile's counts are summed over them. Raises ValueError for other images, see `check_pairs`."""
+    check_pairs(a, b)
+    pooled = [tile_counts(pd.concat(tables), classes) for tables in (a, b)]
+    weights = resample_tiles(pooled[0]["class"].to_numpy(), times, np.random.default_rng(seed))
+    draws = np.subtract(*(weighted_iou_macro(p, classes, weights) for p in pooled))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    whole = np.subtract(*(iou_scores(pd.concat(tables), classes)["iou_macro"] for tables in (a, b)))
+    folds = tuple(float(iou_scores(x, classes)["iou_macro"] - iou_scores(y, classes)["iou_macro"]) for x, y in zip(a, b))
+    return Comparison(float(whole), float(low), float(high), folds, len(pooled[0]))

@@ -11,13 +11,14 @@ __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 
            'evaluation_steps', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole',
            'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore',
            'resume', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images', 'plot_predictions',
-           'save_pictures', 'project_root', 'run_folder', 'code_commit', 'make_row', 'locked', 'complete', 'read_row',
-           'run', 'load_model', 'notebook_config']
+           'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
+           'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model',
+           'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib import metadata
@@ -93,7 +94,7 @@ PRESETS = {
 }
 
 # %% ../nbs/06_training.ipynb #06-training-012
-RECIPE = 1  # raised whenever a result could change; rows of different recipes are never mixed
+RECIPE = 2  # raised whenever a result could change; rows of different recipes are never mixed
 
 # %% ../nbs/06_training.ipynb #06-training-013
 def _one_of(name, value, choices):
@@ -121,6 +122,9 @@ class RunConfig:
     lr: float | None = None              # Adam's peak rate
     p_poisson: float | None = None       # share of injections blended by Poisson; None: the method's
     fill: str | None = None              # "uniform" or "all" (see `DynamicLabelInjection`); None: the method's
+    mix_gradients: bool | None = None    # Poisson takes the stronger gradient of target and donor; None: the method's
+    region: str | None = None            # "exact" or "image": where Poisson solves; None: the method's
+    grow_label: bool | None = None       # the label grows with Poisson's margin; None: the method's
     out: str = "runs"                    # folder of run folders; relative: below the project (or where you are)
     threshold: int | None = None         # mask pixels are positive above it; None: the method's
     dice: str | None = None              # "image" or "batch"; None: the method's
@@ -132,7 +136,7 @@ class RunConfig:
         self._check_ranges()
 
 # %% ../nbs/06_training.ipynb #06-training-016
-INJECTION = dict(p_poisson=0.5, fill="uniform")  # what a method that injects does unless it fixes otherwise
+INJECTION = dict(p_poisson=0.5, fill="uniform", mix_gradients=False, region="exact", grow_label=False)  # what a method that injects does unless it fixes otherwise
 
 def _check_choices(self: RunConfig):
     _one_of("method", self.method, METHODS)
@@ -141,6 +145,8 @@ def _check_choices(self: RunConfig):
     _one_of("dataset", self.dataset, ("auto", "magnetic-tiles", "synthetic"))
     _one_of("split", self.split, ("tile", "image"))
     _one_of("fill", self.fill, (None, "uniform", "all"))
+    _one_of("region", self.region, (None, "exact", "image"))
+    for name in ("mix_gradients", "grow_label"): _one_of(name, getattr(self, name), (None, False, True))
     _one_of("dice", self.dice, (None, "image", "batch"))
     fixed = METHODS[self.method].inject
     for name in INJECTION:
@@ -182,7 +188,7 @@ def run_name(config: RunConfig) -> str:
     return f"{config.method}-{config.encoder}-{config.preset}-{config.split}-s{config.seed}-{run_key(config)}"
 
 # %% ../nbs/06_training.ipynb #06-training-028
-DRAWN = ("order", "flips", "injections")  # what is drawn at random
+DRAWN = ("order", "flips", "injections", "patches")  # what is drawn at random
 
 def chance(seed: int,  # of the run
            drawn: str, # one of `DRAWN`
@@ -355,7 +361,7 @@ def run_injection(config: RunConfig, train: Samples):
     "The method's `DynamicLabelInjection`, or None."
     fixed = METHODS[config.method].inject
     if fixed is None: return None
-    return DynamicLabelInjection(DonorPool(train), **fixed | dict(p_poisson=config.p_poisson, fill=config.fill))
+    return DynamicLabelInjection(DonorPool(train), **fixed | {name: getattr(config, name) for name in INJECTION})
 
 # %% ../nbs/06_training.ipynb #06-training-061
 def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Module:
@@ -646,6 +652,39 @@ def save_pictures(done: Fit, val: Samples, folder: Path):
         plt.close(figure)
 
 # %% ../nbs/06_training.ipynb #06-training-116
+def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.float32) -> np.ndarray: # uint8 (N, K, H, W / 8)
+    "Predicted regions (probability 0.5), eight pixels a byte; `np.unpackbits(regions, axis=-1)` gives them back."
+    device, parts = next(model.parameters()).device, []
+    for start in range(0, len(samples), 32):
+        logits = predict(model, as_batch(samples, slice(start, start + 32), device)[0], dtype)
+        parts.append(np.packbits((logits.sigmoid() >= 0.5).cpu().numpy(), axis=-1))
+    return np.concatenate(parts)
+
+# %% ../nbs/06_training.ipynb #06-training-119
+def clean_patches(train: Samples, seed: int) -> Samples:
+    "The defects' outlines, each over a random clean training image: donors cut from these have the shape of a defect and nothing in it."
+    clean = train.images[train.clean]
+    chosen = torch.randint(len(clean), ((~train.clean).sum(),), generator=chance(seed, "patches", 0)).numpy()
+    return replace(train[~train.clean], images=clean[chosen])
+
+def with_patches(train: Samples, val: Samples, seed: int, p_poisson: float) -> Samples:
+    "The clean validation images, a clean patch of the training part injected into each."
+    clean = val[val.clean]
+    images, masks = as_batch(clean, slice(None))
+    inject = DynamicLabelInjection(DonorPool(clean_patches(train, seed)), p_poisson=p_poisson, fill="all")
+    images, _ = inject(images, torch.zeros_like(masks), generator=chance(seed, "patches", 1))
+    return replace(clean, images=(images[:, 0] if clean.images.ndim == 3 else images.permute(0, 2, 3, 1)).numpy())
+
+# %% ../nbs/06_training.ipynb #06-training-122
+def alarms_at_seams(done: Fit, train: Samples, val: Samples) -> dict[str, float | None]:
+    "Share of the clean validation images alarmed once a clean patch is cut-pasted, and blended by Poisson, into each; None without clean images."
+    alarms = {}
+    for blend, p_poisson in (("cutpaste", 0.0), ("poisson", 1.0)):
+        counts = evaluate(done.model, with_patches(train, val, done.config.seed, p_poisson), done.dtype) if val.clean.any() and train.clean.any() else done.counts[:0]
+        alarms[f"seam_alarm_{blend}"] = scores(counts, val.classes)["clean_alarm"]
+    return alarms
+
+# %% ../nbs/06_training.ipynb #06-training-125
 def project_root() -> Path:
     "The nearest folder at or above the current one that holds this project's settings.ini, else the current one."
     here = Path.cwd()
@@ -658,7 +697,7 @@ def run_folder(config: RunConfig) -> Path:
     "Where a run's files go: `config.out` below the project's root (or the current folder), then the run's name."
     return project_root() / config.out / run_name(config)
 
-# %% ../nbs/06_training.ipynb #06-training-118
+# %% ../nbs/06_training.ipynb #06-training-127
 def code_commit() -> str | None:
     "Commit of this project's checkout, with `+changes` where tracked files differ from it; None when there is no checkout."
     root = Path(dli.__file__).resolve().parent.parent
@@ -668,7 +707,7 @@ def code_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.TimeoutExpired): return None
 
-# %% ../nbs/06_training.ipynb #06-training-120
+# %% ../nbs/06_training.ipynb #06-training-129
 def make_row(config: RunConfig, done: Fit, train: Samples, val: Samples) -> dict:
     "The row of a finished run: flat, JSON-ready, `None` where a figure is undefined."
     preset, fitted = PRESETS[config.preset], evaluate(done.model, train[~train.clean], done.dtype)
@@ -678,12 +717,12 @@ def make_row(config: RunConfig, done: Fit, train: Samples, val: Samples) -> dict
     return asdict(config) | dict(
         key=run_key(config), recipe=RECIPE, source=train.source, warmup=preset.warmup, beta2=preset.beta2, decoder=list(preset.decoder),
         train_images=len(train), val_images=len(val), train_tiles=train.table["tile"].nunique(), val_tiles=val.table["tile"].nunique(),
-        **scores(done.counts, val.classes), **learnt, **injected,
+        **scores(done.counts, val.classes), **alarms_at_seams(done, train, val), **learnt, **injected,
         best_step=best["step"], best_iou_macro_selected_on_val=best["iou_macro"],
         **{f"seconds_{k}": round(v, 2) for k, v in done.seconds.items()}, threads=torch.get_num_threads(), device=str(default_device()),
         dtype=str(done.dtype).removeprefix("torch."), versions=versions(), commit=code_commit(), finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-# %% ../nbs/06_training.ipynb #06-training-122
+# %% ../nbs/06_training.ipynb #06-training-131
 @contextmanager
 def locked(folder: Path):
     "Hold the folder for this process. Raises RuntimeError while another one does."
@@ -692,7 +731,13 @@ def locked(folder: Path):
     except Timeout: raise RuntimeError(f"{folder}: another process is training this very run: wait for it, or end it") from None
     with held: yield
 
-# %% ../nbs/06_training.ipynb #06-training-124
+# %% ../nbs/06_training.ipynb #06-training-133
+def as_npz(**arrays: np.ndarray) -> bytes:
+    "Arrays as the content of a compressed npz file."
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
 def complete(config: RunConfig, folder: Path, progress: bool):
     "Train, from where it was left, and write what a finished run leaves; the row last."
     write_whole(folder / "config.json", json.dumps(asdict(config) | dict(recipe=RECIPE), indent=1).encode())
@@ -700,6 +745,7 @@ def complete(config: RunConfig, folder: Path, progress: bool):
     done = fit(config, train, val, progress, folder)
     save_pictures(done, val, folder)
     write_whole(folder / "counts.csv", done.counts.to_csv(index=False).encode())
+    write_whole(folder / "regions.npz", as_npz(name=done.counts["name"].to_numpy(str), regions=pack_regions(done.model, val, done.dtype)))
     write_whole(folder / "model.safetensors", save({k: v.contiguous() for k, v in done.model.state_dict().items()}))
     write_whole(folder / "row.json", json.dumps(make_row(config, done, train, val), indent=1).encode())
 
@@ -708,7 +754,7 @@ def read_row(folder: Path) -> dict:
     try: return json.loads((folder / "row.json").read_text())
     except ValueError as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
 
-# %% ../nbs/06_training.ipynb #06-training-125
+# %% ../nbs/06_training.ipynb #06-training-134
 def run(config: RunConfig,      # what to do
         progress: bool = True,  # show a bar
         ) -> dict:              # the row
@@ -721,7 +767,7 @@ def run(config: RunConfig,      # what to do
     for name in (*CHECKPOINTS, "lock"): (folder / name).unlink(missing_ok=True)
     return row
 
-# %% ../nbs/06_training.ipynb #06-training-129
+# %% ../nbs/06_training.ipynb #06-training-138
 def load_model(config: RunConfig, train: Samples) -> nn.Module:
     "The trained network of a finished run, on the CPU or GPU. Raises FileNotFoundError before the run is finished."
     path = run_folder(config) / "model.safetensors"
@@ -730,7 +776,7 @@ def load_model(config: RunConfig, train: Samples) -> nn.Module:
     model.load_state_dict(load_file(path))
     return model
 
-# %% ../nbs/06_training.ipynb #06-training-132
+# %% ../nbs/06_training.ipynb #06-training-141
 def notebook_config(namespace: dict) -> RunConfig:
     "The `RunConfig` of a notebook's parameters. Raises ValueError for a name that is not a parameter, listing those that are."
     plain = (str, int, float, bool, list, dict, tuple, type(None))

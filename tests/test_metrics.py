@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 
+from dli import metrics
 from dli.data import FREE, synthetic_tiles
 from dli.metrics import alarm_scores, alarm_threshold, count_batch, counts_table, iou_scores, pooled_iou, scores
 
@@ -279,3 +280,101 @@ def test_nan_and_infinity():
 def test_a_column_that_is_missing_is_named():
     logits, masks, table = example(0)
     with pytest.raises(ValueError, match="missing .'tp_Fray'"): scores(counted(logits, masks, table), [*CLASSES, "Fray"])
+
+
+# ---- comparisons ----------------------------------------------------------------------------------------------------------
+
+CLASSES3 = ("A", "B", "C")
+
+
+@st.composite
+def fold_tables(draw, folds=3, methods=2):
+    "Random counts of the same images by several methods, in folds; tiles stay in their fold, some images are clean."
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    result = [[] for _ in range(methods)]
+    for fold in range(folds):
+        n = 12
+        kinds = np.array(["A", "A", "B", "B", "C", "C", *rng.choice([*CLASSES3, FREE], n - 6)])
+        base = pd.DataFrame({"name": [f"{fold}-{i}" for i in range(n)], "class": kinds, "tile": fold * 100 + rng.integers(0, 6, n), "pixels": 4096})
+        for tables in result:
+            counts = {f"{kind}_{c}": rng.integers(0, 50, n) for kind in ("tp", "fp", "fn") for c in CLASSES3}
+            tables.append(base.assign(**counts, **{f"p_{c}": rng.random(n) for c in CLASSES3}))
+    return result
+
+
+@given(fold_tables())
+@settings(max_examples=25, deadline=None)
+def test_compare_is_the_difference_of_scores_and_antisymmetric(tables):
+    a, b = tables
+    forth, back = (metrics.compare(*pair, CLASSES3, times=200) for pair in ((a, b), (b, a)))
+    pooled = [metrics.scores(pd.concat(t), CLASSES3)["iou_macro"] for t in (a, b)]
+    assert forth.difference == pytest.approx(pooled[0] - pooled[1])
+    assert [forth.difference, forth.low, forth.high] == pytest.approx([-back.difference, -back.high, -back.low])
+    assert len(forth.folds) == 3 and forth.low <= forth.high
+    assert forth == metrics.compare(a, b, CLASSES3, times=200) and metrics.compare(a, a, CLASSES3, times=50).high == 0
+
+
+@given(fold_tables(methods=1))
+@settings(max_examples=25, deadline=None)
+def test_tile_counts_add_up_and_weights_of_one_score_the_whole(tables):
+    table = pd.concat(tables[0])
+    counts = metrics.tile_counts(table, CLASSES3)
+    defective = table[table["class"] != FREE]
+    assert set(counts.index) == set(defective["tile"])
+    assert (counts.drop(columns="class").sum() == defective[counts.columns[1:]].sum()).all()
+    whole = metrics.weighted_iou_macro(counts, CLASSES3, np.ones((1, len(counts)), int))[0]
+    assert whole == pytest.approx(metrics.iou_scores(table, CLASSES3)["iou_macro"])
+
+
+@given(st.lists(st.sampled_from("ABC"), min_size=1, max_size=40), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_resamples_keep_the_number_of_tiles_of_each_class(kinds, seed):
+    kinds = np.array(kinds)
+    weights = metrics.resample_tiles(kinds, 20, np.random.default_rng(seed))
+    assert weights.shape == (20, len(kinds)) and weights.min() >= 0
+    for k in set(kinds): assert (weights[:, kinds == k].sum(1) == (kinds == k).sum()).all()
+
+
+def test_a_tile_of_several_classes_is_of_its_most_frequent():
+    table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2], **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
+    assert metrics.tile_counts(table, CLASSES3)["class"].to_dict() == {1: "B", 2: "A"}
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda b: b[:-1], "expected as many folds on both sides, at least one, got 3 and 2"),
+    (lambda b: [b[0].iloc[1:], *b[1:]], r"fold 0: expected the same images on both sides, 1 are on one only: \['0-0'\]"),
+    (lambda b: [b[0], b[1].assign(tile=5), b[2]], "fold 1: class, tile or size of .* images differ"),
+    (lambda b: [b[0], b[1], b[2].assign(pixels=1)], "fold 2: class, tile or size of 12 images differ"),
+])
+def test_compare_refuses_other_images(spoil, message):
+    rng = np.random.default_rng(0)
+    base = lambda f: pd.DataFrame({"name": [f"{f}-{i}" for i in range(12)], "class": rng.choice(list(CLASSES3), 12), "tile": np.arange(12) + 20 * f, "pixels": 4096,
+                                   **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn") for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
+    a = [base(f) for f in range(3)]
+    with pytest.raises(ValueError, match=message): metrics.compare(a, spoil([t.copy() for t in a]), CLASSES3, times=10)
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    "120 studies of 15 tiles a class, one photograph each, with a known difference: 95 % should cover, 87 % must."
+    rng, held = np.random.default_rng(0), 0
+
+    def study(n):
+        area, shared = rng.integers(50, 400, n), rng.normal(0, 1, n)
+        found = [np.round(area / (1 + np.exp(-shared - shift - rng.normal(0, 0.7, n)))).astype(int) for shift in (0.6, 0.2)]
+        base = pd.DataFrame({"name": np.arange(n).astype(str), "class": "A", "tile": np.arange(n), "pixels": 4096, "fp_A": 0, "p_A": 1.0})
+        return [[base.assign(tp_A=f, fn_A=area - f)] for f in found]
+
+    truth = metrics.compare(*study(200_000), ["A"], times=2).difference
+    for _ in range(120):
+        c = metrics.compare(*study(15), ["A"], times=400)
+        held += c.low <= truth <= c.high
+    assert held / 120 > 0.87
+
+
+@given(fold_tables(methods=1))
+@settings(max_examples=15, deadline=None)
+def test_summary_is_of_the_folds(tables):
+    table = metrics.summarize(tables[0], CLASSES3)
+    each = [metrics.scores(t, CLASSES3)["iou_A"] for t in tables[0]]
+    assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each)) and table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
+    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"] and table.loc["iou_A", "folds"] == 3

@@ -73,7 +73,7 @@ def test_papermill_leaves_row_curve_and_pictures(tmp_path):
     done = papermill(tmp_path, ("method", "dli"), ("weights", "None"))
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    assert {"row.json", "curve.csv", "curve.png", "predictions.png", "counts.csv", "model.safetensors"} == {p.name for p in folder.iterdir()}
+    assert {"config.json", "row.json", "curve.csv", "curve.png", "predictions.png", "counts.csv", "regions.npz", "model.safetensors"} == {p.name for p in folder.iterdir()}
     row = json.loads((folder / "row.json").read_text())
     assert row["method"] == "dli" and row["source"] == "synthetic" and row["weights"] is None and row["steps"] == 6
     assert "SYNTHETIC" in (tmp_path / "out.ipynb").read_text()

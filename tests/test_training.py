@@ -53,7 +53,7 @@ def test_pictures_are_left(tmp_path):
     run(c, progress=False)
     pictures = [plt.imread(run_folder(c) / name) for name in ("curve.png", "predictions.png")]
     assert all(p.std() > 0.05 and min(p.shape[:2]) > 200 for p in pictures) and not plt.get_fignums()
-    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "counts.csv", "curve.csv", "curve.png", "model.safetensors", "predictions.png", "row.json"}
+    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "counts.csv", "curve.csv", "curve.png", "model.safetensors", "predictions.png", "regions.npz", "row.json"}
 
 
 def test_a_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
