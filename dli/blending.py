@@ -186,7 +186,6 @@ def full_multigrid(
 TOLERANCE = 0.05   # grey levels (1/255 of the range): when a V-cycle finds no pixel wrong by more, it is the last
 MOST_CYCLES = 100  # per solution; ten are many
 NO_SOLUTION = f"no solution after {MOST_CYCLES} cycles: are there NaN, infinite or huge values in the images?"
-NO_SOLUTION = f"no solution after {MOST_CYCLES} cycles: are there NaN, infinite or huge values in the images?"
 
 # %% ../nbs/01_blending.ipynb #01-blending-062
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -629,8 +628,8 @@ def value_range(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # low, high: (n, 1, 1, 1)
     "What results are clamped to: 0..255 for uint8; floats: 0..1, or more where the images hold more."
     if dst.dtype == torch.uint8: return dst.new_zeros(len(dst), 1, 1, 1), dst.new_full((len(dst), 1, 1, 1), 255)
-    low = torch.where(near, torch.minimum(dst, src), 0).amin((1, 2, 3), keepdim=True)
-    return low, torch.where(near, torch.maximum(dst, src), 1).amax((1, 2, 3), keepdim=True)
+    low = torch.where(near, torch.minimum(dst, src), 0).amin((1, 2, 3), keepdim=True).clamp(max=0)
+    return low, torch.where(near, torch.maximum(dst, src), 1).amax((1, 2, 3), keepdim=True).clamp(min=1)
 
 # %% ../nbs/01_blending.ipynb #01-blending-116
 def widen_boxes(
@@ -781,7 +780,7 @@ def poisson_blend_image(
     out = dst.detach().clone()
     for i, region in enumerate(mask.cpu()):
         if min(region.shape) < 3: continue
-        target, source = (x[i].detach().cpu().double() for x in (dst, src))
+        target, source = (x[i].detach().cpu().to(torch.float64, copy=True) for x in (dst, src))
         steps = zip(guidance(target, source, mix_gradients), guidance(target, target, False), (region[:-1], region[:, :-1]))
         excess = net_rise([inside * (v - t) for v, t, inside in steps])
         target[:, 1:-1, 1:-1] += solve_sine(excess[:, 1:-1, 1:-1])
