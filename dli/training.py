@@ -89,7 +89,7 @@ class Preset:
 # %% ../nbs/06_training.ipynb #06-training-010
 PRESETS = {
     "smoke": Preset(image_size=64, batch_size=8, steps=6, lr=2e-3, warmup=0.0, beta2=0.999, evaluations=2, decoder=(32, 16)),
-    "quick": Preset(image_size=128, batch_size=8, steps=4500, lr=3e-3, warmup=0.02, beta2=0.99, evaluations=5, decoder=(64, 32)),
+    "quick": Preset(image_size=128, batch_size=8, steps=6000, lr=3e-3, warmup=0.02, beta2=0.99, evaluations=5, decoder=(64, 32)),
     "paper": Preset(image_size=256, batch_size=64, steps=20_000, lr=5e-4, warmup=0.0, beta2=0.999, evaluations=20, decoder=(128, 64, 32)),
 }
 
