@@ -5,6 +5,6 @@ from dli.blending import cut_paste, poisson_blend
 from dli.data import Samples, load_dataset, magnetic_tiles, split_samples, synthetic_tiles
 from dli.injection import DonorPool, DonorTransform, DynamicLabelInjection, InjectionPlan, show_batch
 from dli.losses import make_loss
-from dli.metrics import count_batch, counts_table, scores
+from dli.metrics import compare, count_batch, counts_table, scores, summarize
 from dli.models import lightweight_unet
 from dli.training import METHODS, PRESETS, RunConfig, run
