@@ -760,7 +760,7 @@ def grow_mask(
     if margin < 0: raise ValueError(f"margin: expected 0 or more pixels, got {margin}")
     return torch.nn.functional.max_pool2d(mask[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
 
-# %% ../nbs/01_blending.ipynb #01-blending-154
+# %% ../nbs/01_blending.ipynb #01-blending-160
 def solve_sine(
     right: torch.Tensor,  # float64 (C, h, w), not empty, on the CPU
 ) -> torch.Tensor:  # like right
@@ -768,7 +768,7 @@ def solve_sine(
     k, l = (2 - 2 * np.cos(np.pi * np.arange(1, n + 1) / (n + 1)) for n in right.shape[1:])
     return torch.from_numpy(idstn(dstn(right.numpy(), type=1, axes=(1, 2)) / (k[:, None] + l), type=1, axes=(1, 2)))
 
-# %% ../nbs/01_blending.ipynb #01-blending-157
+# %% ../nbs/01_blending.ipynb #01-blending-163
 def poisson_blend_image(
     dst: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64, the target; any device
     src: torch.Tensor,  # like dst, the source
