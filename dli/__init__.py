@@ -1,6 +1,7 @@
 "Dynamic Label Injection for imbalanced multi-class defect segmentation. The names below are the public ones; each is documented in its notebook."
 __version__ = "0.1.0"
 
+from dli.benchmark import read_folds, score
 from dli.blending import cut_paste, poisson_blend
 from dli.data import Samples, load_dataset, magnetic_tiles, split_samples, synthetic_tiles
 from dli.injection import DonorPool, DonorTransform, DynamicLabelInjection, InjectionPlan, show_batch

@@ -1,0 +1,199 @@
+"The scorer: equals counting by hand, names every fault in one message, and does the same from the command line; the folds are those of the study."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dli.benchmark import BadPredictions, fold_samples, fold_table, read_folds, read_mask, score, score_counts
+from dli.data import Samples, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles
+
+CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
+TILES = synthetic_tiles(n=120, size=32)
+real = pytest.mark.skipif(find_magnetic_tiles() is None, reason="the Magnetic Tiles are not on this machine")
+
+
+def write(folder, masks, names):
+    folder.mkdir(exist_ok=True)
+    for name, mask in zip(names, masks): Image.fromarray(mask).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def predicted(tmp_path):
+    "Perfect predictions of fold 1."
+    part = fold_samples(TILES, 1)
+    return write(tmp_path / "masks", part.masks, part.table["name"]), part
+
+
+# ---- folds ----------------------------------------------------------------------------------------------------------------
+
+def test_shipped_folds_fit_the_shipped_index():
+    folds, index = read_folds(), read_index()
+    assert folds[["name", "class", "tile"]].equals(index[["name", "class", "tile"]])
+    for column in ("tile_0", "image_0", "tile_1", "image_1"):
+        assert (folds[column].notna() == index["usable"]).all() and set(folds[column].dropna()) == set(range(5))
+    for k in (0, 1): assert (folds.groupby("tile")[f"tile_{k}"].nunique() <= 1).all()
+
+
+@real
+@pytest.mark.parametrize("protocol", ["tile", "image"])
+def test_shipped_folds_are_those_of_split_samples(protocol):
+    samples, folds = magnetic_tiles(size=16), read_folds()
+    for seed in range(10):
+        _, val = split_samples(samples, protocol=protocol, seed=seed)
+        assert set(val.table["name"]) == set(folds["name"][folds[f"{protocol}_{seed // 5}"] == seed % 5])
+
+
+def test_the_folds_together_are_all_usable_images():
+    parts = [set(fold_samples(TILES, fold).table["name"]) for fold in range(5)]
+    whole = set(fold_samples(TILES, None).table["name"])
+    assert set.union(*parts) == whole == set(TILES.table["name"][TILES.table["usable"]]) and sum(map(len, parts)) == len(whole)
+
+
+def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
+    table = TILES.table.copy()
+    table.loc[TILES.clean.argmax(), "usable"] = False
+    samples = Samples(TILES.images, TILES.masks, table, TILES.classes, TILES.source)
+    rest = samples[table["usable"].to_numpy()]
+    assert fold_table(samples).loc[TILES.clean.argmax(), "tile_0":].isna().all()
+    assert score(write(tmp_path / "m", rest.masks, rest.table["name"]), samples=samples)["iou_macro"] == 1
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(fold=5), "fold=5: expected one of None, 0"), (dict(partition=2), "partition=2"), (dict(protocol="random"), "protocol='random': expected one of tile, image")])
+def test_unknown_choices_are_refused(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message): score(tmp_path, samples=TILES, **wrong)
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------------
+
+@given(st.integers(0, 2**31), st.floats(0, 1))
+@settings(max_examples=15, deadline=None)
+def test_score_equals_counting_by_hand(tmp_path_factory, seed, wrong):
+    rng, part = np.random.default_rng(seed), fold_samples(TILES, 2)
+    masks = np.where(rng.random(part.masks.shape) < wrong, rng.integers(0, 6, part.masks.shape), part.masks).astype(np.uint8)
+    result = score(write(tmp_path_factory.mktemp("s") / "m", masks, part.table["name"]), 2, samples=TILES)
+    truth, guess = part.masks[~part.clean], masks[~part.clean]
+    for k, c in enumerate(CLASSES, 1):
+        either = ((truth == k) | (guess == k)).sum()
+        expected = ((truth == k) & (guess == k)).sum() / either if either else None
+        assert result[f"iou_{c}"] == (expected if expected is None else pytest.approx(expected))
+    largest = np.stack([(masks[part.clean] == k).sum((1, 2)) for k in range(1, 6)]).max(0)
+    assert result["clean_alarm"] == pytest.approx((largest >= 0.0002 * 32 * 32).mean())
+    assert result["auroc_image"] is None and result["alarm_at_95"] is None
+
+
+def test_masks_of_the_photographs_own_size(tmp_path):
+    table = TILES.table.assign(width=96, height=64)
+    samples = Samples(TILES.images, TILES.masks, table, TILES.classes, TILES.source)
+    part = fold_samples(samples, 0)
+    large = part.masks.repeat(2, axis=1).repeat(3, axis=2)
+    assert score(write(tmp_path / "m", large, part.table["name"]), 0, samples=samples)["iou_micro"] == 1
+
+
+@real
+def test_published_masks_at_full_size_are_perfect(tmp_path):
+    samples, root = magnetic_tiles(), find_magnetic_tiles()
+    part = fold_samples(samples, 3)
+    for row in part.table.itertuples():
+        kind = CLASSES.index(row._2) + 1 if row._2 in CLASSES else 0
+        mask = np.asarray(Image.open(root / f"MT_{row._2}/Imgs/{row.name}.png").convert("L"))
+        Image.fromarray(((mask > 127) * kind).astype(np.uint8)).save(tmp_path / f"{row.name}.png")
+    result = score(tmp_path, 3, samples=samples)
+    assert result["iou_macro"] == result["iou_micro"] == 1 and result["clean_alarm"] == 0
+
+
+def test_palette_masks_are_read_by_index(predicted):
+    folder, part = predicted
+    for name, mask in zip(part.table["name"], part.masks):
+        image = Image.fromarray(mask)
+        image.putpalette([v for k in range(256) for v in (255 - k, k, 128)])
+        image.save(folder / f"{name}.png")
+    with Image.open(folder / f"{part.table['name'][0]}.png") as image: assert image.mode == "P"
+    assert score(folder, 1, samples=TILES)["iou_macro"] == 1
+
+
+def test_other_folds_may_lie_beside(predicted):
+    folder, _ = predicted
+    write(folder, TILES.masks, TILES.table["name"])
+    assert score(folder, 1, samples=TILES)["iou_macro"] == 1 and len(score_counts(folder, samples=TILES)) == len(TILES)
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------------
+
+def image(mask): return lambda path: Image.fromarray(mask).save(path)
+
+
+FAULTS = {
+    "missing": (lambda path: path.unlink(), "missing"),
+    "misnamed": (lambda path: path.rename(path.with_name("other.png")), "other.png: unknown; the dataset has no image of that name"),
+    "size": (image(np.zeros((32, 31), np.uint8)), "expected 32 x 32 pixels, got 31 x 32"),
+    "white": (image(np.full((32, 32), 255, np.uint8)), "expected values 0..5, got 255; white for a defect"),
+    "six": (image(np.full((32, 32), 6, np.uint8)), "expected values 0..5, got 6"),
+    "many": (image(np.arange(1024, dtype=np.uint8).reshape(32, 32)), r"expected values 0..5, got 6, 7, 8 \.\.\."),
+    "colours": (image(np.zeros((32, 32, 3), np.uint8)), "expected one channel of class indices, got an image of mode RGB"),
+    "alpha": (image(np.zeros((32, 32, 2), np.uint8)), "got an image of mode LA"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:50]), "can't be read: truncated, or not an image"),
+    "text": (lambda path: path.write_text("mask"), "can't be read: truncated, or not an image"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named(predicted, fault):
+    folder, part = predicted
+    spoil, message = FAULTS[fault]
+    spoil(folder / f"{part.table['name'][3]}.png")
+    with pytest.raises(BadPredictions, match=message) as error: score(folder, 1, samples=TILES)
+    assert part.table["name"][3] in str(error.value) and str(folder) in str(error.value)
+
+
+def test_all_faults_are_in_one_message(predicted):
+    folder, part = predicted
+    for name, (spoil, _) in zip(part.table["name"], FAULTS.values()): spoil(folder / f"{name}.png")
+    with pytest.raises(BadPredictions, match=f"{len(FAULTS) + 1} problems") as error: score(folder, 1, samples=TILES)
+    assert all(name in str(error.value) for name in part.table["name"][:len(FAULTS)])
+
+
+def test_long_lists_are_cut(tmp_path):
+    with pytest.raises(BadPredictions, match=r"120 problems(.|\n)*and 100 more"): score(tmp_path, samples=TILES)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(BadPredictions, match="no such folder"): score(tmp_path / "x", samples=TILES)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------------
+
+def command(*words):
+    place = Path(sys.executable).parent / "dli-score"
+    program = [str(place)] if place.exists() else [sys.executable, "-c", "import sys; from dli.benchmark import main; sys.exit(main())"]
+    return subprocess.run([*program, *map(str, words)], capture_output=True, text=True)
+
+
+@real
+def test_command(tmp_path):
+    part = fold_samples(magnetic_tiles(), 4)
+    folder = write(tmp_path / "masks", part.masks, part.table["name"])
+    done = command(folder, "--fold", 4, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == score(folder, 4)
+    done = command(folder, "--fold", 4)
+    assert done.returncode == 0 and dict(line.split() for line in done.stdout.splitlines())["iou_macro"] == "1.0"
+    done = command(folder, "--fold", 3)
+    assert done.returncode == 1 and "problems" in done.stderr and "missing" in done.stderr and not done.stdout
+
+
+def test_command_says_what_is_wrong(tmp_path):
+    done = command(tmp_path, "--data", tmp_path / "nowhere")
+    assert done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    assert command(tmp_path, "--fold", 7).returncode == 2 and command().returncode == 2
+
+
+def test_read_mask_resizes_to_the_nearest(tmp_path):
+    mask = np.arange(6, dtype=np.uint8).repeat(4).reshape(1, 24).repeat(12, 0)
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, 6) == np.arange(6)).all()
