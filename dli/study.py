@@ -8,8 +8,9 @@ __all__ = ['RESULTS', 'FILES', 'REQUIRED', 'OPTIONAL', 'PREFIXES', 'TIMES', 'CHA
            'check_scores', 'read_run', 'read_store', 'what', 'load_runs', 'one_recipe', 'small_files', 'store_files',
            'publish', 'configs_of', 'methods', 'ladder', 'study_configs', 'stores_of', 'missing', 'Job', 'job_of', 'do',
            'end_with_parent', 'work', 'for_children', 'Child', 'start', 'steps_done', 'Bar', 'run_local',
-           'default_jobs', 'run_elsewhere', 'ray_task', 'run_ray', 'FailedRuns', 'finished_runs', 'run_matrix',
-           'projected_seconds', 'makespan', 'projected_cost', 'parser', 'dry_run', 'main']
+           'default_jobs', 'run_elsewhere', 'ray_cluster', 'ray_task', 'receive', 'run_ray', 'FailedRuns',
+           'finished_runs', 'run_matrix', 'projected_seconds', 'makespan', 'projected_cost', 'parser', 'dry_run',
+           'main']
 
 # %% ../nbs/07_study.ipynb #07-study-003
 import argparse, heapq, json, math, multiprocessing, os, shutil, signal, sys, tempfile, threading, traceback, warnings
@@ -38,7 +39,7 @@ FILES = ("config.json", "counts.csv", "curve.csv", "regions.npz", "row.json")  #
 def read_counts(row: pd.Series | dict, # of `load_runs`
                 ) -> pd.DataFrame:     # of `dli.metrics.counts_table`
     "The counts per validation image of a run."
-    return pd.read_csv(Path(row["folder"]) / "counts.csv", float_precision="round_trip")
+    return pd.read_csv(Path(row["folder"]) / "counts.csv")
 
 def row_config(row: pd.Series | dict,  # a row, as it was stored or from `load_runs`
                ) -> RunConfig:
@@ -359,30 +360,46 @@ def run_elsewhere(job: Job) -> dict[str, bytes]: # `FILES`
     shutil.rmtree(folder)
     return files
 
+# %% ../nbs/07_study.ipynb #07-study-052
+@contextmanager
+def ray_cluster():
+    "Ray, connected to the cluster at RAY_ADDRESS or that this machine belongs to, else to one of this machine alone. Raises ImportError where Ray is not installed."
+    try: import ray
+    except ImportError as e: raise ImportError("engine='ray' needs Ray, which is not installed: pip install 'dli[ray]'") from e
+    connected = ray.is_initialized()
+    if not connected: ray.init(log_to_driver=False)
+    try: yield ray
+    finally:
+        if not connected: ray.shutdown()
+
 def ray_task(ray, threads: int):
-    "`run_elsewhere` as a Ray task, in a process of its own."
+    "`run_elsewhere` as a Ray task, each in a process of its own."
     gpus = GPU_SHARE if ray.cluster_resources().get("GPU") else 0
     return ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=1, runtime_env=dict(env_vars=dict(OMP_NUM_THREADS=str(threads))))(run_elsewhere)
 
-def run_ray(configs: Sequence[RunConfig], jobs: int | None, threads: int, bar: Bar) -> list[Failure]:
-    "Do the runs on the Ray cluster at RAY_ADDRESS, or that this machine belongs to; else on this machine. `jobs` is Ray's to decide."
-    try: import ray
-    except ImportError as e: raise ImportError("engine='ray' needs Ray, which is not installed: pip install 'dli[ray]'") from e
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    task = ray_task(ray, threads)
-    under_way, failures = {task.remote(job_of(c)): c for c in configs}, []
-    try:
-        while under_way:
-            (ready,), _ = ray.wait(list(under_way), num_returns=1)
-            config = under_way.pop(ready)
-            try: store_files(run_folder(config), ray.get(ready))
-            except (ray.exceptions.RayError, OSError, RuntimeError) as e: failures.append((config, str(e)))
-            bar.end(config, failed=bool(failures) and failures[-1][0] == config)
-    finally:
-        for ready in under_way: ray.cancel(ready, force=True)
-    return failures
+def receive(ray, task, config: RunConfig) -> str | None: # what went wrong
+    "Write the files that a task returned into the run's folder."
+    try: store_files(run_folder(config), ray.get(task))
+    except (ray.exceptions.RayError, OSError, RuntimeError) as e: return str(e)
 
 # %% ../nbs/07_study.ipynb #07-study-053
+def run_ray(configs: Sequence[RunConfig], jobs: int | None, threads: int, bar: Bar) -> list[Failure]:
+    "Do the runs on a Ray cluster; how many at a time is Ray's to decide."
+    failures = []
+    with ray_cluster() as ray:
+        task = ray_task(ray, threads)
+        under_way = {task.remote(job_of(c)): c for c in configs}
+        try:
+            while under_way:
+                (ready,), _ = ray.wait(list(under_way), num_returns=1)
+                config = under_way.pop(ready)
+                if error := receive(ray, ready, config): failures.append((config, error))
+                bar.end(config, failed=bool(error))
+        finally:
+            for ready in under_way: ray.cancel(ready, force=True)
+    return failures
+
+# %% ../nbs/07_study.ipynb #07-study-055
 ENGINES = dict(local=run_local, ray=run_ray)
 
 class FailedRuns(RuntimeError):
@@ -397,7 +414,7 @@ def finished_runs(configs: Sequence[RunConfig], *stores: Path | str) -> pd.DataF
     runs = load_runs(*stores_of(configs, stores)).set_index("key", drop=False).rename_axis(None)
     return runs.loc[[k for k in map(run_key, configs) if k in runs.index]].reset_index(drop=True)
 
-# %% ../nbs/07_study.ipynb #07-study-054
+# %% ../nbs/07_study.ipynb #07-study-056
 def run_matrix(configs: Iterable[RunConfig],  # what is wanted
                jobs: int | None = None,       # runs at a time; None: what the cores suffice for (Ray decides itself)
                threads: int = 1,              # computing threads of each
@@ -416,7 +433,7 @@ def run_matrix(configs: Iterable[RunConfig],  # what is wanted
     if failures: raise FailedRuns(failures, runs)
     return runs
 
-# %% ../nbs/07_study.ipynb #07-study-059
+# %% ../nbs/07_study.ipynb #07-study-062
 def projected_seconds(config: RunConfig,     # a run to come
                       measured: pd.DataFrame, # rows of this kind of machine
                       ) -> float | None:     # None: nothing like it was measured
@@ -437,7 +454,7 @@ def makespan(seconds: Iterable[float], # of each run, in order
     for s in seconds: heapq.heapreplace(free, free[0] + s)
     return max(free)
 
-# %% ../nbs/07_study.ipynb #07-study-061
+# %% ../nbs/07_study.ipynb #07-study-064
 def projected_cost(configs: Sequence[RunConfig],   # runs to come
                    measured: pd.DataFrame,         # of `load_runs`: rows of the same kind of machine
                    machines: Sequence[int] = (1, 2, 4, 8, 16),
@@ -450,7 +467,7 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
     hours = {m: makespan(seconds.values(), m * jobs) / 3600 for m in machines}
     return pd.DataFrame([dict(machines=m, hours=h, machine_hours=m * h) for m, h in hours.items()])
 
-# %% ../nbs/07_study.ipynb #07-study-065
+# %% ../nbs/07_study.ipynb #07-study-068
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("dli-study", description="Train the runs of some studies that have no row yet. Stop it whenever you like; the same command continues.")
     p.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{', '.join(STUDIES)}; or all")
@@ -466,7 +483,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="list what is missing and the projected time")
     return p
 
-# %% ../nbs/07_study.ipynb #07-study-066
+# %% ../nbs/07_study.ipynb #07-study-069
 def dry_run(configs: Sequence[RunConfig], jobs: int):
     "Print what is missing, and what it will cost on machines like this one."
     todo, measured = missing(configs), load_runs(*stores_of(configs, ()))
