@@ -188,7 +188,7 @@ def audit_labels(
     counts.insert(0, "finding", finding)
     return counts[counts["finding"] != ""].rename_axis(columns=None).reset_index()
 
-# %% ../nbs/tiles.ipynb #tiles-090
+# %% ../nbs/tiles.ipynb #tiles-092
 def write_tiles(
     root: Path,  # the folder of the dataset
     folder: Path,  # of the package
