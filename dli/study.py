@@ -8,7 +8,7 @@ __all__ = ['RESULTS', 'FILES', 'REQUIRED', 'OPTIONAL', 'PREFIXES', 'TIMES', 'CHA
            'check_scores', 'read_run', 'read_store', 'what', 'load_runs', 'one_recipe', 'small_files', 'store_files',
            'publish', 'configs_of', 'methods', 'ladder', 'study_configs', 'stores_of', 'missing', 'Job', 'job_of', 'do',
            'end_with_parent', 'work', 'for_children', 'Child', 'start', 'steps_done', 'Bar', 'run_local',
-           'default_jobs', 'run_elsewhere', 'ray_cluster', 'ray_task', 'receive', 'run_ray', 'FailedRuns',
+           'default_jobs', 'run_elsewhere', 'ray_cluster', 'ray_task', 'receive', 'run_ray', 'FailedRuns', 'tidy',
            'finished_runs', 'run_matrix', 'projected_seconds', 'makespan', 'projected_cost', 'parser', 'dry_run',
            'main']
 
@@ -26,16 +26,17 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .data import DATASETS
 from .metrics import scores
 from .models import ENCODERS, Encoder
-from .training import (METHODS, PRESETS, RECIPE, Method, Preset, RunConfig, default_device, evaluation_steps, locked, project_root, read_row, run,
+from .training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, Preset, RunConfig, default_device, evaluation_steps, locked, project_root, read_row, run,
                           run_folder, run_key, run_name, write_whole)
 
-# %% ../nbs/07_study.ipynb #07-study-008
+# %% ../nbs/07_study.ipynb #07-study-007
 RESULTS = "paper_figures/results"  # the committed store, below the project's root
 FILES = ("config.json", "counts.csv", "curve.csv", "regions.npz", "row.json")  # what is kept of a run; the row is written last
 
-# %% ../nbs/07_study.ipynb #07-study-009
+# %% ../nbs/07_study.ipynb #07-study-008
 def read_counts(row: pd.Series | dict, # of `load_runs`
                 ) -> pd.DataFrame:     # of `dli.metrics.counts_table`
     "The counts per validation image of a run."
@@ -48,7 +49,7 @@ def row_config(row: pd.Series | dict,  # a row, as it was stored or from `load_r
     plain = {k: v.item() if hasattr(v, "item") else v for k, v in given.items()}
     return RunConfig(**{k: None if v is None or v != v else v for k, v in plain.items()})
 
-# %% ../nbs/07_study.ipynb #07-study-011
+# %% ../nbs/07_study.ipynb #07-study-010
 REQUIRED = (*(f.name for f in fields(RunConfig)), "key", "recipe", "source", "best_iou_macro_selected_on_val", "seam_alarm_cutpaste", "seam_alarm_poisson")
 OPTIONAL = ("warmup", "beta2", "decoder", "train_images", "val_images", "train_tiles", "val_tiles", "clean_alarm", "auroc_image", "alarm_at_95",
             "best_step", "threads", "device", "dtype", "versions", "commit", "finished")
@@ -60,7 +61,7 @@ def check_fields(row: dict):
     unknown = [name for name in row if name not in REQUIRED + OPTIONAL and not name.startswith(PREFIXES)]
     if unknown: raise ValueError(f"unknown fields {', '.join(unknown)}: was it written by another version?")
 
-# %% ../nbs/07_study.ipynb #07-study-012
+# %% ../nbs/07_study.ipynb #07-study-011
 def check_scores(row: dict, counts: pd.DataFrame):
     "Raise ValueError naming the first score that the counts contradict."
     if row.get("val_images", len(counts)) != len(counts): raise ValueError(f"counts.csv has {len(counts)} images, the row says {row['val_images']}")
@@ -76,12 +77,13 @@ def read_run(folder: Path, # of a finished run
     if not isinstance(row, dict): raise ValueError(f"expected a JSON object in row.json, got a {type(row).__name__}")
     check_fields(row)
     if not (folder / "counts.csv").is_file(): raise ValueError("counts.csv is missing")
+    if not isinstance(row["recipe"], int): raise ValueError(f"recipe is {row['recipe']!r}: expected a whole number")
     if row["recipe"] == RECIPE:
         if run_key(row_config(row)) != row["key"]: raise ValueError(f"its key is {row['key']}, that of its content {run_key(row_config(row))}")
         check_scores(row, read_counts(dict(folder=folder)))
     return row | dict(folder=str(folder))
 
-# %% ../nbs/07_study.ipynb #07-study-014
+# %% ../nbs/07_study.ipynb #07-study-013
 def read_store(store: Path,  # a folder of run folders; it need not exist
                ) -> list[dict]:
     "The rows of a store, by name of the folder. What is broken or foreign is named in a warning, and left as it is."
@@ -93,7 +95,7 @@ def read_store(store: Path,  # a folder of run folders; it need not exist
         except (ValueError, KeyError, TypeError, OSError) as e: warnings.warn(f"{folder} is not counted: {e}", stacklevel=3)
     return rows
 
-# %% ../nbs/07_study.ipynb #07-study-015
+# %% ../nbs/07_study.ipynb #07-study-014
 TIMES = ("folder", "out", "finished", "commit", "versions", "threads", "device", "dtype")  # where and when, not what
 
 def what(row: dict) -> dict:
@@ -112,7 +114,7 @@ def load_runs(*stores: Path | str,        # folders of run folders, relative one
     rows = [row for row in found.values() if preset in (None, row["preset"])]
     return pd.DataFrame(rows, columns=None if rows else [*REQUIRED, "iou_macro", "folder"])
 
-# %% ../nbs/07_study.ipynb #07-study-021
+# %% ../nbs/07_study.ipynb #07-study-020
 def one_recipe(runs: pd.DataFrame, # of `load_runs`
                ) -> int | None:    # the recipe; None without rows
     "Raises ValueError naming the versions, and how many rows there are of each, when they are mixed."
@@ -122,7 +124,7 @@ def one_recipe(runs: pd.DataFrame, # of `load_runs`
         raise ValueError(f"rows of different recipes are not compared: {listed}. This code makes recipe {RECIPE}: train the others again, or leave them out")
     return int(counts.index[0]) if len(counts) else None
 
-# %% ../nbs/07_study.ipynb #07-study-024
+# %% ../nbs/07_study.ipynb #07-study-023
 def small_files(folder: Path, # of a finished run
                 out: str,     # the store's name, put in the place of the one it was trained in
                 ) -> dict[str, bytes]: # `FILES`
@@ -142,7 +144,7 @@ def store_files(folder: Path, files: dict[str, bytes]):
             if not there.exists() or not (folder / name).exists(): write_whole(folder / name, files[name])
     (folder / "lock").unlink(missing_ok=True)
 
-# %% ../nbs/07_study.ipynb #07-study-025
+# %% ../nbs/07_study.ipynb #07-study-024
 def publish(runs: pd.DataFrame | Iterable[RunConfig], # of `load_runs`, or configs of finished runs
             store: Path | str = RESULTS,              # where to; relative: below the project
             ) -> list[Path]:                          # their folders there
@@ -157,7 +159,7 @@ def publish(runs: pd.DataFrame | Iterable[RunConfig], # of `load_runs`, or confi
     if refused: raise FileExistsError("\n".join(refused))
     return copies
 
-# %% ../nbs/07_study.ipynb #07-study-028
+# %% ../nbs/07_study.ipynb #07-study-027
 def configs_of(rows: Sequence[dict],     # what each row of a study says about a config
                preset: str,              # a key of `PRESETS`
                encoders: Sequence[str],  # keys of `ENCODERS`
@@ -170,7 +172,7 @@ def methods(*names: str, **same) -> list[dict]:
     "A row for each method, the rest the same."
     return [dict(method=name, **same) for name in names]
 
-# %% ../nbs/07_study.ipynb #07-study-030
+# %% ../nbs/07_study.ipynb #07-study-029
 CHANGES = [("masks above 127", dict(threshold=127)), ("Dice per image", dict(dice="image")), ("exact region", dict(region="exact")), ("label not grown", dict(grow_label=False)),
            ("source gradients", dict(mix_gradients=False)), ("uniform", dict(fill="uniform"))]
 
@@ -185,7 +187,7 @@ def ladder() -> list[tuple[str, dict]]:
 
 LADDER = ladder()
 
-# %% ../nbs/07_study.ipynb #07-study-033
+# %% ../nbs/07_study.ipynb #07-study-032
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training part: Fig. 5
 STUDIES = {name: partial(configs_of, rows) for name, rows in dict(
     table1=methods("baseline", "focal", "balanced", "wce", "lovasz", "tversky", "dli", "dli-all"),
@@ -198,7 +200,7 @@ STUDIES = {name: partial(configs_of, rows) for name, rows in dict(
     shortcut=methods("baseline", "dli-cutpaste", "dli-poisson", "dli"),
 ).items()}
 
-# %% ../nbs/07_study.ipynb #07-study-035
+# %% ../nbs/07_study.ipynb #07-study-034
 def study_configs(names: Iterable[str],     # keys of `STUDIES`
                   preset: str,              # a key of `PRESETS`
                   encoders: Sequence[str],  # keys of `ENCODERS`
@@ -209,7 +211,7 @@ def study_configs(names: Iterable[str],     # keys of `STUDIES`
     if unknown := [name for name in names if name not in STUDIES]: raise ValueError(f"no study is called {', '.join(unknown)}: choose among {', '.join(STUDIES)}")
     return list(dict.fromkeys(c for seed in seeds for name in names for c in STUDIES[name](preset, encoders, [seed])))
 
-# %% ../nbs/07_study.ipynb #07-study-038
+# %% ../nbs/07_study.ipynb #07-study-037
 def stores_of(configs: Sequence[RunConfig], stores: Sequence[Path | str]) -> list[Path]:
     "Where rows of configs are looked for: the stores, or where none are given the committed one and the configs' own."
     return [project_root() / s for s in (stores or dict.fromkeys([RESULTS, *(c.out for c in configs)]))]
@@ -222,7 +224,7 @@ def missing(configs: Iterable[RunConfig], # what a study needs
     finished = set(load_runs(*stores_of(configs, stores))["key"])
     return [c for c in configs if run_key(c) not in finished]
 
-# %% ../nbs/07_study.ipynb #07-study-041
+# %% ../nbs/07_study.ipynb #07-study-040
 @dataclass(frozen=True)
 class Job:
     "A run for another process: its config, and what the names in it stand for."
@@ -243,7 +245,7 @@ def do(job: Job) -> Path: # the run's folder
     read_run(run_folder(c))
     return run_folder(c)
 
-# %% ../nbs/07_study.ipynb #07-study-043
+# %% ../nbs/07_study.ipynb #07-study-042
 def end_with_parent():
     "End this process as soon as its parent has ended."
     multiprocessing.parent_process().join()
@@ -256,7 +258,7 @@ def work(job: Job, errors: Connection):
     try: do(job)
     except BaseException: errors.send(traceback.format_exc()[-20_000:])
 
-# %% ../nbs/07_study.ipynb #07-study-044
+# %% ../nbs/07_study.ipynb #07-study-043
 PROCESSES = multiprocessing.get_context("spawn")
 
 @contextmanager
@@ -271,7 +273,7 @@ def for_children(threads: int): # computing threads each
         if before is not None: os.environ["OMP_NUM_THREADS"] = before
         if main: signal.signal(signal.SIGINT, heard)
 
-# %% ../nbs/07_study.ipynb #07-study-045
+# %% ../nbs/07_study.ipynb #07-study-044
 @dataclass(frozen=True)
 class Child:
     "A run under way in a process of its own."
@@ -292,7 +294,7 @@ def start(config: RunConfig, threads: int) -> Child:
     sender.close()
     return Child(config, process, errors)
 
-# %% ../nbs/07_study.ipynb #07-study-047
+# %% ../nbs/07_study.ipynb #07-study-046
 def steps_done(config: RunConfig) -> int:
     "Steps up to the last evaluation that the run's folder knows of."
     try: return int(pd.read_csv(run_folder(config) / "curve.csv")["step"].iloc[-1])
@@ -321,7 +323,7 @@ class Bar:
         self.bar.set_description(f"{self.ended} of {self.runs} runs" + f", {self.failed} failed" * (self.failed > 0), refresh=False)
         self.bar.update(sum(self.under_way.values()) - self.bar.n)
 
-# %% ../nbs/07_study.ipynb #07-study-049
+# %% ../nbs/07_study.ipynb #07-study-048
 Failure = tuple[RunConfig, str]  # what failed, and why
 
 def run_local(configs: Sequence[RunConfig], jobs: int | None, threads: int, bar: Bar) -> list[Failure]:
@@ -348,7 +350,7 @@ def default_jobs(threads: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return 1 if default_device().type == "cuda" else max(1, cores // threads)
 
-# %% ../nbs/07_study.ipynb #07-study-051
+# %% ../nbs/07_study.ipynb #07-study-050
 GPU_SHARE, RETRIES = 0.25, 5  # of a GPU, for each run; how often a run is given to another machine
 
 def run_elsewhere(job: Job) -> dict[str, bytes]: # `FILES`
@@ -360,7 +362,7 @@ def run_elsewhere(job: Job) -> dict[str, bytes]: # `FILES`
     shutil.rmtree(folder)
     return files
 
-# %% ../nbs/07_study.ipynb #07-study-052
+# %% ../nbs/07_study.ipynb #07-study-051
 @contextmanager
 def ray_cluster():
     "Ray, connected to the cluster at RAY_ADDRESS or that this machine belongs to, else to one of this machine alone. Raises ImportError where Ray is not installed."
@@ -382,7 +384,7 @@ def receive(ray, task, config: RunConfig) -> str | None: # what went wrong
     try: store_files(run_folder(config), ray.get(task))
     except (ray.exceptions.RayError, OSError, RuntimeError) as e: return str(e)
 
-# %% ../nbs/07_study.ipynb #07-study-053
+# %% ../nbs/07_study.ipynb #07-study-052
 def run_ray(configs: Sequence[RunConfig], jobs: int | None, threads: int, bar: Bar) -> list[Failure]:
     "Do the runs on a Ray cluster; how many at a time is Ray's to decide."
     failures = []
@@ -399,7 +401,7 @@ def run_ray(configs: Sequence[RunConfig], jobs: int | None, threads: int, bar: B
             for ready in under_way: ray.cancel(ready, force=True)
     return failures
 
-# %% ../nbs/07_study.ipynb #07-study-055
+# %% ../nbs/07_study.ipynb #07-study-054
 ENGINES = dict(local=run_local, ray=run_ray)
 
 class FailedRuns(RuntimeError):
@@ -409,12 +411,16 @@ class FailedRuns(RuntimeError):
         listed = "\n".join(f"{run_name(c)}: {error.strip().splitlines()[-1]}" for c, error in failures)
         super().__init__(f"{len(failures)} runs failed, {len(runs)} have a row:\n{listed}")
 
+def tidy(folder: Path):
+    "Remove what a run that was killed in its last moment left beside its row."
+    for path in (*(folder / name for name in (*CHECKPOINTS, "lock")), *folder.glob("*.part")): path.unlink(missing_ok=True)
+
 def finished_runs(configs: Sequence[RunConfig], *stores: Path | str) -> pd.DataFrame:
     "The rows of these configs, in their order."
     runs = load_runs(*stores_of(configs, stores)).set_index("key", drop=False).rename_axis(None)
     return runs.loc[[k for k in map(run_key, configs) if k in runs.index]].reset_index(drop=True)
 
-# %% ../nbs/07_study.ipynb #07-study-056
+# %% ../nbs/07_study.ipynb #07-study-055
 def run_matrix(configs: Iterable[RunConfig],  # what is wanted
                jobs: int | None = None,       # runs at a time; None: what the cores suffice for (Ray decides itself)
                threads: int = 1,              # computing threads of each
@@ -423,17 +429,18 @@ def run_matrix(configs: Iterable[RunConfig],  # what is wanted
                ) -> pd.DataFrame:             # their rows, as of `load_runs`
     "Do the runs that have no row in the committed store nor in their own, continuing those that were interrupted. Raises FailedRuns at the end where some failed."
     if engine not in ENGINES: raise ValueError(f"engine={engine!r}: choose one of {', '.join(ENGINES)}")
-    for name, value in (("jobs", jobs or 1), ("threads", threads)):
-        if value < 1: raise ValueError(f"{name}={value}: expected 1 or more")
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and value < 1: raise ValueError(f"{name}={value}: expected 1 or more")
     configs = list(dict.fromkeys(configs))
     todo = missing(configs)
+    for c in set(configs) - set(todo): tidy(run_folder(c))
     bar = Bar(todo, progress and bool(todo))
     with bar.bar: failures = ENGINES[engine](todo, jobs, threads, bar) if todo else []
     runs = finished_runs(configs)
     if failures: raise FailedRuns(failures, runs)
     return runs
 
-# %% ../nbs/07_study.ipynb #07-study-062
+# %% ../nbs/07_study.ipynb #07-study-061
 def projected_seconds(config: RunConfig,     # a run to come
                       measured: pd.DataFrame, # rows of this kind of machine
                       ) -> float | None:     # None: nothing like it was measured
@@ -454,7 +461,7 @@ def makespan(seconds: Iterable[float], # of each run, in order
     for s in seconds: heapq.heapreplace(free, free[0] + s)
     return max(free)
 
-# %% ../nbs/07_study.ipynb #07-study-064
+# %% ../nbs/07_study.ipynb #07-study-063
 def projected_cost(configs: Sequence[RunConfig],   # runs to come
                    measured: pd.DataFrame,         # of `load_runs`: rows of the same kind of machine
                    machines: Sequence[int] = (1, 2, 4, 8, 16),
@@ -467,7 +474,7 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
     hours = {m: makespan(seconds.values(), m * jobs) / 3600 for m in machines}
     return pd.DataFrame([dict(machines=m, hours=h, machine_hours=m * h) for m, h in hours.items()])
 
-# %% ../nbs/07_study.ipynb #07-study-068
+# %% ../nbs/07_study.ipynb #07-study-067
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("dli-study", description="Train the runs of some studies that have no row yet. Stop it whenever you like; the same command continues.")
     p.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{', '.join(STUDIES)}; or all")
@@ -483,13 +490,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="list what is missing and the projected time")
     return p
 
-# %% ../nbs/07_study.ipynb #07-study-069
+# %% ../nbs/07_study.ipynb #07-study-068
 def dry_run(configs: Sequence[RunConfig], jobs: int):
     "Print what is missing, and what it will cost on machines like this one."
     todo, measured = missing(configs), load_runs(*stores_of(configs, ()))
+    here = measured[measured["device"] == str(default_device())] if len(measured) else measured
     print(f"{len(configs)} runs, {len(todo)} without a row" + "".join(f"\n  {run_name(c)}" for c in todo))
     if not todo: return
-    try: print(projected_cost(todo, measured[measured.get("device", "") == str(default_device())], jobs=jobs).to_string(index=False, float_format="%.2f"))
+    try: print(projected_cost(todo, here, jobs=jobs).to_string(index=False, float_format="%.2f"))
     except ValueError as e: print(f"Cost: {e}")
 
 def main(argv: Sequence[str] | None = None, # of the command line; None: this process's

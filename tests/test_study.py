@@ -1,0 +1,633 @@
+"""The study: stores believe only rows that fit; studies are the protocol's; the matrix survives kills, failures, Ctrl-C and lost machines."""
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dli import study, training
+from dli.study import (FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing, one_recipe, projected_cost, publish, read_counts, row_config,
+                       run_matrix, study_configs)
+from dli.training import CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, run, run_folder, run_key, run_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config(**kwargs):
+    return RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None, method="baseline") | kwargs)
+
+
+def no_pictures(done, val, folder): pass
+
+
+# Children are forked from a process that has imported everything: starting one from nothing takes longer than its run. One test does that.
+SERVED = multiprocessing.get_context("forkserver")
+SERVED.set_forkserver_preload(["dli.study"])
+WORK = study.work
+
+
+def work(job, errors):
+    "A child that draws no pictures and leaves a checkpoint after every step."
+    training.save_pictures, training.CHECKPOINT_SECONDS = no_pictures, 0
+    WORK(job, errors)
+
+
+@pytest.fixture(autouse=True)
+def quick_children(monkeypatch):
+    monkeypatch.setattr(study, "PROCESSES", SERVED)
+    monkeypatch.setattr(study, "work", work)
+    monkeypatch.setattr(training, "save_pictures", no_pictures)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    "A store of two runs that nobody changes."
+    store = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, "save_pictures", no_pictures)
+        for method in ("baseline", "dli"): run(config(method=method, out=str(store)), progress=False)
+    return store
+
+
+@pytest.fixture
+def store(trained, tmp_path):
+    "A copy of it."
+    return shutil.copytree(trained, tmp_path / "store")
+
+
+def folder_of(store, method="baseline"):
+    return next(store.glob(f"{method}-*"))
+
+
+def silently(*stores, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_runs(*stores, **kwargs)
+
+
+def rows_of(store):
+    return {p.parent.name: p.read_bytes() for p in store.glob("*/row.json")}
+
+
+# The store
+
+def test_rows_are_loaded_as_they_were_stored(trained):
+    runs = silently(trained)
+    assert runs["method"].tolist() == ["baseline", "dli"] and len(silently(trained, preset="smoke")) == 2 and len(silently(trained, preset="quick")) == 0
+    for _, row in runs.iterrows():
+        stored = json.loads((Path(row["folder"]) / "row.json").read_text())
+        assert all(row[k] == v or v is None and pd.isna(row[k]) for k, v in stored.items())
+        assert run_key(row_config(row)) == row["key"] and run_name(row_config(row)) == Path(row["folder"]).name
+        assert len(read_counts(row)) == row["val_images"]
+
+
+def test_an_empty_store_has_the_columns(tmp_path):
+    runs = silently(tmp_path, tmp_path / "never made")
+    assert len(runs) == 0 and {"key", "recipe", "method", "iou_macro", "folder"} <= set(runs) and one_recipe(runs) is None
+
+
+def test_the_committed_rows_are_whole():
+    assert len(silently(ROOT / study.RESULTS)) == len(list((ROOT / study.RESULTS).iterdir()))
+
+
+def change_row(folder, **changes):
+    path = folder / "row.json"
+    row = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in row.items() if v is not ...}))
+
+
+def change_counts(folder, change):
+    counts = pd.read_csv(folder / "counts.csv")
+    change(counts).to_csv(folder / "counts.csv", index=False)
+
+
+DAMAGES = {
+    "truncated": (lambda f: (f / "row.json").write_bytes((f / "row.json").read_bytes()[:500]), "can't be read"),
+    "empty": (lambda f: (f / "row.json").write_bytes(b""), "can't be read"),
+    "not text": (lambda f: (f / "row.json").write_bytes(b"\xff\xfe\x00"), "can't be read"),
+    "a list": (lambda f: (f / "row.json").write_text("[1]"), "expected a JSON object"),
+    "no counts": (lambda f: (f / "counts.csv").unlink(), "counts.csv is missing"),
+    "empty counts": (lambda f: (f / "counts.csv").write_text(""), ""),
+    "fewer counts": (lambda f: change_counts(f, lambda c: c[1:]), "has 67 images, the row says 68"),
+    "other counts": (lambda f: change_counts(f, lambda c: c.assign(fn_Break=c["fn_Break"] + 1)), "by counts.csv"),
+    "no class in counts": (lambda f: change_counts(f, lambda c: c.drop(columns="fp_Fray")), "missing"),
+    "a better score": (lambda f: change_row(f, iou_macro=0.99), "iou_macro is 0.99 in the row"),
+    "no score": (lambda f: change_row(f, auroc_image=None), "auroc_image is None in the row"),
+    "a score as text": (lambda f: change_row(f, iou_macro="0.1"), ""),
+    "a field missing": (lambda f: change_row(f, source=...), "lacks source"),
+    "an option missing": (lambda f: change_row(f, dice=...), "lacks dice"),
+    "a score missing": (lambda f: change_row(f, iou_Fray=...), "lacks iou_Fray"),
+    "a field too many": (lambda f: change_row(f, margin=2), "unknown fields margin"),
+    "another seed": (lambda f: change_row(f, seed=3), "its key is"),
+    "another key": (lambda f: change_row(f, key="0123456789"), "its key is 0123456789"),
+    "an unknown method": (lambda f: change_row(f, method="dly"), "choose one of baseline"),
+    "nonsense": (lambda f: change_row(f, steps={}), ""),
+    "a recipe as text": (lambda f: change_row(f, recipe="two"), ""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_broken_rows_are_named_skipped_and_left_alone(damage, store):
+    spoil, message = DAMAGES[damage]
+    spoil(folder_of(store))
+    before = rows_of(store)
+    with pytest.warns(UserWarning, match=f"{folder_of(store).name} is not counted: .*{message}"): runs = load_runs(store)
+    assert runs["method"].tolist() == ["dli"] and rows_of(store) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no counts", "a better score"])
+@pytest.mark.filterwarnings("ignore:.*is not counted")
+def test_broken_rows_are_missing_and_not_overwritten(damage, store):
+    DAMAGES[damage][0](folder_of(store))
+    before, c = rows_of(store), config(out=str(store))
+    assert missing([c]) == [c]
+    with pytest.raises(FailedRuns, match=f"{run_name(c)}: ValueError: .*{DAMAGES[damage][1]}") as e: run_matrix([c], progress=False)
+    assert e.value.failures[0][0] == c and len(e.value.runs) == 0 and rows_of(store) == before
+
+
+@given(st.integers(0, 2000), st.integers(0, 255))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_spoilt_byte_makes_another_row(trained, tmp_path, place, byte):
+    "Whatever a byte is replaced by: the row is refused, or what identifies and scores it is what it was."
+    folder, target = folder_of(trained), tmp_path / "spoilt" / "run"
+    target.mkdir(parents=True, exist_ok=True)
+    content = bytearray((folder / "row.json").read_bytes())
+    content[place % len(content)] = byte
+    (target / "row.json").write_bytes(content)
+    shutil.copy(folder / "counts.csv", target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs = load_runs(tmp_path / "spoilt")
+    if len(runs):
+        assert row_config(runs.iloc[0]) == replace(config(), out=runs["out"][0])
+        assert np.isclose(runs["iou_macro"][0], silently(trained)["iou_macro"][0], atol=1e-9) and runs["key"][0] == run_key(config())
+
+
+def test_foreign_folders_are_named_and_unfinished_runs_are_not(store):
+    (store / "notes").mkdir()
+    (store / ".ipynb_checkpoints").mkdir()
+    (store / "run.ipynb").write_text("{}")
+    (store / "under-way").mkdir()
+    (store / "under-way" / "config.json").write_text("{}")
+    with pytest.warns(UserWarning) as said: assert len(load_runs(store)) == 2
+    assert [str(w.message).split(": ", 1)[1] for w in said] == ["neither a row.json nor a config.json: not the folder of a run"] and "notes" in str(said[0].message)
+
+
+def test_a_run_in_two_stores_counts_once(trained, store):
+    change_row(folder_of(store), finished="2020-01-01", seconds_total=1.0)
+    runs = silently(trained, store)
+    assert len(runs) == 2 and set(runs["folder"].map(lambda f: Path(f).parent)) == {trained}
+    assert set(silently(store, trained)["folder"].map(lambda f: Path(f).parent)) == {store}
+
+
+def test_two_results_of_one_run_are_named(trained, store):
+    change_row(folder_of(store), seam_alarm_poisson=0.123)
+    with pytest.warns(UserWarning, match=f"{folder_of(store)} is not counted: {folder_of(trained)} has another result"): runs = load_runs(trained, store)
+    assert len(runs) == 2 and 0.123 not in runs["seam_alarm_poisson"].tolist()
+
+
+def test_recipes_are_not_mixed(trained, store):
+    change_row(folder_of(store), recipe=RECIPE - 1, key="of another")
+    runs = silently(store)
+    assert len(runs) == 2 and one_recipe(silently(trained)) == RECIPE
+    with pytest.raises(ValueError, match=f"1 of recipe {RECIPE - 1}, 1 of recipe {RECIPE}"): one_recipe(runs)
+
+
+# Publishing
+
+def test_published_rows_are_small_and_the_same(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copies = publish(silently(trained))
+    assert copies == [tmp_path / study.RESULTS / f.name for f in sorted(trained.iterdir())]
+    assert all({p.name for p in f.iterdir()} == set(FILES) for f in copies)
+    drop = dict(columns=["out", "folder"])
+    pd.testing.assert_frame_equal(silently().drop(**drop), silently(trained).drop(**drop))
+    assert str(trained) not in "".join(p.read_text() for f in copies for p in f.glob("*.json"))  # no machine's paths
+    before = {f: (f / "row.json").stat().st_mtime_ns for f in copies}
+    assert publish([config(out=str(trained))]) == copies[:1] and publish(silently()) == copies
+    assert before == {f: (f / "row.json").stat().st_mtime_ns for f in copies}
+
+
+def test_another_result_is_never_overwritten(trained, tmp_path):
+    publish(silently(trained), tmp_path)
+    change_row(folder_of(tmp_path), seam_alarm_poisson=0.123)
+    shutil.rmtree(folder_of(tmp_path, "dli"))
+    with pytest.raises(FileExistsError, match=f"{folder_of(tmp_path)} holds another result"): publish(silently(trained), tmp_path)
+    assert json.loads((folder_of(tmp_path) / "row.json").read_text())["seam_alarm_poisson"] == 0.123 and folder_of(tmp_path, "dli").is_dir()
+
+
+def test_unfinished_and_broken_runs_are_not_published(store, tmp_path):
+    with pytest.raises((ValueError, OSError)): publish([config(seed=4, out=str(store))], tmp_path / "results")
+    change_row(folder_of(store), iou_macro=0.99)
+    with pytest.raises(ValueError, match="0.99 in the row"): publish([config(out=str(store))], tmp_path / "results")
+    (folder_of(store, "dli") / "regions.npz").unlink()
+    with pytest.raises(ValueError, match="regions.npz is missing"): publish([config(method="dli", out=str(store))], tmp_path / "results")
+    assert not rows_of(tmp_path / "results")
+
+
+class Dies(BaseException):
+    "A process that ends: nothing catches it."
+
+
+def test_publishing_may_die_after_every_write(trained, tmp_path, monkeypatch):
+    write, deaths, left = study.write_whole, 0, 0
+
+    def write_or_die(path, content):
+        nonlocal left
+        if left == 0: raise Dies
+        left -= 1
+        write(path, content)
+    monkeypatch.setattr(study, "write_whole", write_or_die)
+    while True:
+        left = deaths
+        try: publish(silently(trained), tmp_path)
+        except Dies: deaths += 1
+        else: break
+        silently(tmp_path) # what is there is whole
+    assert deaths == 2 * len(FILES) - 1 or deaths >= len(FILES)
+    assert rows_of(tmp_path).keys() == rows_of(trained).keys() and len(silently(tmp_path)) == 2
+
+
+# Studies
+
+PROTOCOL = dict(table1="baseline focal balanced wce lovasz tversky dli dli-all", table2="dli-cutpaste dli-poisson dli", attribution="dli inject-random sampler baseline",
+                policy="dli dli-all", shortcut="baseline dli-cutpaste dli-poisson dli")
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_methods_are_the_protocols(name):
+    assert STUDIES[name]("quick", ["resnet18"], [3]) == [RunConfig(method=m, encoder="resnet18", seed=3) for m in PROTOCOL[name].split()]
+
+
+def test_weak_and_leakage_are_the_protocols():
+    weak, leakage = (STUDIES[name]("paper", ["resnet18"], [0]) for name in ("weak", "leakage"))
+    assert {(c.method, c.fraction) for c in weak} == set(itertools.product(["dli", "wce"], [0.1, 0.25, 0.5, 0.75, 1.0])) and len(weak) == 10
+    assert {(c.method, c.split) for c in leakage} == set(itertools.product(["baseline", "wce", "dli"], ["tile", "image"])) and len(leakage) == 6
+
+
+def test_the_ladder_changes_one_thing_a_rung():
+    rungs = [asdict(RunConfig(**row)) for _, row in LADDER]
+    changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(rungs)]
+    assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"mix_gradients"}, {"fill"}, set()]
+    assert rungs[0] == asdict(RunConfig(method="dli-authors")) and rungs[-1] == asdict(RunConfig())
+    assert [RunConfig(**row) for _, row in LADDER[:-1]] == STUDIES["ladder"]("quick", ["efficientnet_lite0"], [0])
+
+
+@given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(4)), st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
+@settings(max_examples=40, deadline=None)
+def test_studies_together(names, seeds, encoders):
+    together = study_configs(names, "smoke", encoders, seeds)
+    assert len({run_key(c) for c in together}) == len(together)
+    assert set(together) == {c for name in names for c in STUDIES[name]("smoke", encoders, seeds)}
+    assert list(dict.fromkeys(c.seed for c in together)) == list(seeds) and [seeds.index(c.seed) for c in together] == sorted(seeds.index(c.seed) for c in together)
+
+
+def test_unknown_studies_are_refused():
+    with pytest.raises(ValueError, match="no study is called table3: choose among table1, table2"): study_configs(["table3"], "smoke", ["resnet18"], [0])
+
+
+# The matrix
+
+def test_what_is_finished_is_not_repeated(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "start", lambda *a: pytest.fail("a run was started"))
+    configs = [config(method=m, out=str(trained)) for m in ("dli", "baseline", "dli")]
+    assert run_matrix(configs, progress=False)["method"].tolist() == ["dli", "baseline"]
+    monkeypatch.chdir(tmp_path)
+    publish(silently(trained)) # committed rows count, wherever new ones would go
+    elsewhere = [replace(c, out="new") for c in configs]
+    assert missing(elsewhere) == [] and len(run_matrix(elsewhere, progress=False)) == 2
+    assert missing(elsewhere, tmp_path / "new") == elsewhere
+
+
+def kill_yourself(job, errors):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_failures_stop_nobody_and_are_told_at_the_end(trained, tmp_path, monkeypatch):
+    bad, good = config(batch_size=4000, out=str(tmp_path)), config(seed=1, out=str(tmp_path))
+    with pytest.raises(FailedRuns, match=f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size=4000 is larger") as e: run_matrix([bad, good], jobs=1, progress=False)
+    assert e.value.failures[0][0] == bad and "Traceback" in e.value.failures[0][1] and e.value.runs["seed"].tolist() == [1]
+    monkeypatch.setattr(study, "work", kill_yourself)
+    with pytest.raises(FailedRuns, match="the process ended with exit code -9"): run_matrix([config(seed=2, out=str(tmp_path))], progress=False)
+
+
+@pytest.mark.parametrize("wrong", [dict(engine="slurm"), dict(jobs=0), dict(jobs=-1), dict(threads=0)])
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))): run_matrix([], **wrong)
+
+
+def linger(job, errors):
+    folder = Path(job.config.out)
+    begun = len(list(folder.glob("begun-*"))) - len(list(folder.glob("ended-*")))
+    (folder / f"begun-{job.config.seed}").write_text(str(begun))
+    time.sleep(0.3)
+    (folder / f"ended-{job.config.seed}").write_text("")
+    errors.send("was not meant to do anything")
+
+
+def test_so_many_at_a_time_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "work", linger)
+    with pytest.raises(FailedRuns): run_matrix([config(seed=s, out=str(tmp_path)) for s in range(5)], jobs=2, progress=False)
+    at_a_time = {p.name: int(p.read_text()) for p in tmp_path.glob("begun-*")}
+    begun = sorted(tmp_path.glob("begun-*"), key=os.path.getmtime)
+    assert len(at_a_time) == 5 and max(at_a_time.values()) == 1
+    assert {p.name for p in begun[:2]} == {"begun-0", "begun-1"} and begun[-1].name == "begun-4"
+
+
+def test_a_method_that_is_added_in_one_place_runs_and_has_rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "dli-mixed", Method(loss="focal", inject=dict(mix_gradients=True)))
+    runs = run_matrix([config(method="dli-mixed", out=str(tmp_path))], progress=False)
+    assert silently(tmp_path)["method"].tolist() == ["dli-mixed"] and runs["mix_gradients"].tolist() == [True]
+    assert "dli-mixed" in {c.method for c in study.configs_of(study.methods("dli-mixed"), "smoke", ["resnet18"], [0])}
+
+
+def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
+    done, half, failed = (config(seed=s, out=str(tmp_path)) for s in range(3))
+    for c, step in ((half, 3), (failed, 3)):
+        run_folder(c).mkdir()
+        (run_folder(c) / "curve.csv").write_text(f"step,loss\n1,1\n{step},1\n")
+    bar = study.Bar([done, half, failed], show=True)
+    assert (bar.bar.n, bar.bar.total) == (6, 18)
+    bar.end(done, failed=False), bar.end(failed, failed=True)
+    assert (bar.bar.n, bar.bar.total) == (12, 15) and "2 of 3 runs, 1 failed" in bar.bar.desc
+    (run_folder(half) / "curve.csv").write_text("step,loss\n5,1\n")
+    bar.look([half])
+    assert bar.bar.n == 14
+    bar.bar.close()
+
+
+# The matrix, interrupted. A runner is a process whose children are forked, all in one process group.
+
+def run_apart(configs):
+    os.setsid()
+    study.PROCESSES, study.work = multiprocessing.get_context("fork"), work
+    run_matrix(configs, jobs=2, progress=False)
+
+
+def start_apart(target, *args):
+    process = SERVED.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def kill_group(pid):
+    try: os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
+
+
+def outcome(configs):
+    "All that finished runs leave, times left out."
+    rows = finished_runs(configs, *{c.out for c in configs}).set_index("key")
+    for c in configs: assert {p.name for p in run_folder(c).iterdir()} - {"curve.png", "predictions.png"} == {*FILES, "model.safetensors"}
+    rows = rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "out", "folder")])
+    curves = [pd.read_csv(run_folder(c) / "curve.csv").drop(columns="seconds").to_csv() for c in configs]
+    files = [(run_folder(c) / name).read_bytes() for c in configs for name in ("counts.csv", "model.safetensors")]
+    regions = [np.load(run_folder(c) / "regions.npz")["regions"].tobytes() for c in configs]
+    return rows.sort_index().to_json(), curves, files, regions
+
+
+def place(configs, out): return [replace(c, out=str(out)) for c in configs]
+
+
+def killed_at_random(begin, configs, kills, seconds, tmp_path):
+    "Kill runners of the configs so often, each within `seconds`, and yield what the last runner of each store leaves."
+    moments, left = random.Random(kills), kills
+    for attempt in itertools.count():
+        if not left: return
+        own = place(configs, tmp_path / f"killed-{attempt}")
+        while left and len(silently(own[0].out)) < len(own):
+            ended = begin(own, moments.uniform(0, seconds))
+            left -= not ended
+        assert begin(own, None)
+        yield outcome(own)
+
+
+def test_a_killed_matrix_ends_as_if_it_had_not_been(tmp_path):
+    configs = [config(method=m, steps=3) for m in ("baseline", "dli", "wce")]
+
+    def begin(own, seconds):
+        "Run them apart; kill after so many seconds. Whether the runner ended by itself."
+        process = start_apart(run_apart, own)
+        process.join(seconds)
+        if ended := process.exitcode is not None: assert process.exitcode == 0
+        kill_group(process.pid) if not ended else None
+        process.join()
+        return ended
+    began = time.perf_counter()
+    assert begin(place(configs, tmp_path / "whole"), None)
+    seconds, whole = time.perf_counter() - began, outcome(place(configs, tmp_path / "whole"))
+    assert all(left == whole for left in killed_at_random(begin, configs, 3, seconds, tmp_path))
+
+
+COMMAND = "import sys; from dli.study import main; sys.exit(main())"
+
+
+def command(*args, **kwargs):
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kwargs)
+
+
+@pytest.mark.slow
+def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
+    configs = [replace(c, dataset="synthetic") for c in study_configs(["table2"], "smoke", ["efficientnet_lite0"], [0, 1])]
+
+    def begin(own, seconds):
+        process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--seeds", 0, 1, "--jobs", 2, "--out", own[0].out, cwd=tmp_path)
+        try: output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired: return kill_group(process.pid) or (process.wait(), False)[1]
+        assert process.returncode == 0, output
+        return True
+    began = time.perf_counter()
+    assert begin(place(configs, tmp_path / "whole"), None)
+    seconds, whole = time.perf_counter() - began, outcome(place(configs, tmp_path / "whole"))
+    assert all(left == whole for left in killed_at_random(begin, configs, 10, seconds, tmp_path))
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def free(c):
+    try:
+        with locked(run_folder(c)): return True
+    except RuntimeError: return False
+
+
+def test_children_end_with_a_runner_that_is_killed(tmp_path):
+    configs = [config(seed=s, steps=5000, out=str(tmp_path)) for s in (0, 1)]
+    process = start_apart(run_apart, configs)
+    for c in configs: wait_for(lambda: (run_folder(c) / CHECKPOINTS[0]).exists())
+    assert not any(free(c) for c in configs)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    for c in configs: wait_for(lambda: free(c), 20)
+
+
+def command_apart(args, errors: Path):
+    os.setsid()
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    study.PROCESSES, study.work = multiprocessing.get_context("fork"), work
+    PRESETS["smoke"] = replace(PRESETS["smoke"], steps=5000)
+    sys.exit(study.main(args))
+
+
+def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
+    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0", "--jobs", "2", "--out", str(tmp_path / "runs")]
+    process = start_apart(command_apart, args, tmp_path / "errors")
+    runs = lambda: list((tmp_path / "runs").glob("*"))
+    wait_for(lambda: len(runs()) == 2 and all((folder / CHECKPOINTS[0]).exists() for folder in runs()))
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    process.join(20)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 130 and "stopped; the same command continues" in errors and "Traceback" not in errors
+    for folder in runs():
+        with locked(folder): pass
+
+
+# The command
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0", "--jobs", "2"]
+    assert study.main([*args, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 runs, 2 without a row" in printed and all(f"{m}-efficientnet_lite0-smoke" in printed for m in ("dli", "dli-all")) and "nothing was measured for efficientnet_lite0 at smoke" in printed
+    assert not (tmp_path / "runs").exists()
+    assert study.main([*args, "--publish"]) == 0
+    assert "2 of 2 runs have a row" in capsys.readouterr().out and set(silently()["method"]) == {"dli", "dli-all"}
+    assert study.main([*args, "--dry-run"]) == 0 and "2 runs, 0 without" in capsys.readouterr().out
+    assert study.main(["attribution", *args[1:], "--dry-run"]) == 0
+    assert "4 runs, 3 without a row" in (printed := capsys.readouterr().out) and "machine_hours" in printed
+
+
+def test_the_commands_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], batch_size=4000))
+    assert study.main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0"]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("batch_size=4000 is larger") == 2 and "0 of 2 runs have a row" in said.out
+    for wrong in (["table3"], [], ["table1", "--preset", "fast"], ["table1", "--encoders", "vgg"]):
+        with pytest.raises(SystemExit) as e: study.main(wrong)
+        assert e.value.code == 2
+
+
+def test_a_child_from_nothing_has_its_threads(tmp_path, monkeypatch, capsys):
+    "As outside of tests: a new Python, which reads the number of threads when it imports torch."
+    monkeypatch.setattr(study, "PROCESSES", multiprocessing.get_context("spawn"))
+    before = dict(os.environ), signal.getsignal(signal.SIGINT)
+    assert run_matrix([config(steps=1, out=str(tmp_path))], threads=2)["threads"].tolist() == [2]
+    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)) and "1 of 1 runs: 100%" in capsys.readouterr().err
+
+
+# What it costs
+
+@given(st.lists(st.floats(0, 1e5), min_size=1, max_size=30), st.integers(1, 40))
+def test_makespan_is_within_its_bounds(seconds, workers):
+    total, longest = sum(seconds), max(seconds)
+    assert max(longest, total / workers) <= makespan(seconds, workers) * (1 + 1e-9) + 1e-9
+    assert makespan(seconds, workers) <= total / workers + longest + 1e-6
+    assert makespan(seconds, 1) == pytest.approx(total)
+
+
+def measured(**columns):
+    row = asdict(config()) | dict(seconds_total=10.0, seconds_evaluations=4.0) | columns
+    return pd.DataFrame([row])
+
+
+def test_costs_are_steps_and_evaluations():
+    rows = measured()  # six steps in 6 s, two evaluations in 4 s
+    assert study.projected_seconds(config(), rows) == pytest.approx(10)
+    assert study.projected_seconds(config(steps=600), rows) == pytest.approx(604)
+    assert study.projected_seconds(config(method="dli"), rows) == pytest.approx(10)  # for want of its own
+    both = pd.concat([rows, measured(method="dli", seconds_total=16.0)])
+    assert study.projected_seconds(config(method="dli"), both) == pytest.approx(16) and study.projected_seconds(config(), both) == pytest.approx(10)
+    assert study.projected_seconds(config(encoder="resnet18"), both) is None and study.projected_seconds(config(image_size=128), both) is None
+
+
+def test_costs_by_number_of_machines():
+    table = projected_cost([config(seed=s) for s in range(4)], measured(seconds_total=3600.0, seconds_evaluations=0.0), machines=(1, 2, 3), jobs=2)
+    assert table["hours"].tolist() == pytest.approx([2, 1, 1]) and table["machine_hours"].tolist() == pytest.approx([2, 2, 3])
+    with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: a short run"): projected_cost([config(encoder="resnet18")], measured())
+
+
+# Ray
+
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'dli\[ray\]'"): run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    "A Ray cluster of two nodes on this machine, one core each: the ids of its nodes, and how to kill the second."
+    import ray
+    from ray.cluster_utils import Cluster
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=dict(num_cpus=1))
+    head = ray.nodes()[0]["NodeID"]
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != head)
+    yield head, other, lambda: cluster.remove_node(second, allow_graceful=False)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def under_way(node):
+    "Folders of the runs that a node is at."
+    return list((Path(tempfile.gettempdir()) / f"dli-{node}").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [False, True])
+def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
+    "All rows arrive, none twice, and they are those of this machine alone; also when a node is killed in the middle of a run."
+    head, other, kill_other = two_nodes
+    configs = [config(method=m, seed=s, steps=30) for s in (0, 1) for m in ("baseline", "dli")]
+    arrived, seen, store_files, began = [], {head: set(), other: set()}, study.store_files, time.perf_counter()
+    say = lambda *what: print(f"{time.perf_counter() - began:6.1f} s", *what)
+
+    def noted(folder, files):
+        arrived.append(folder.name)
+        say("arrived:", folder.name)
+        store_files(folder, files)
+    monkeypatch.setattr(study, "store_files", noted)
+
+    def watch():
+        killed = False
+        while not stop.wait(0.05):
+            for node in (head, other): seen[node] |= {folder.name for folder in under_way(node)}
+            if kill and not killed and any((folder / "curve.csv").exists() for folder in under_way(other)):
+                say("the second node is killed while at", *(folder.name for folder in under_way(other)))
+                killed = kill_other() or True
+    stop, watcher = threading.Event(), threading.Thread(target=watch)
+    watcher.start()
+    try: runs = run_matrix(place(configs, tmp_path / "ray"), engine="ray", progress=False)
+    finally: stop.set(), watcher.join()
+    for name, node in (("first", head), ("second", other)): say(f"the {name} node was at:", *sorted(seen[node]))
+    assert sorted(arrived) == sorted(run_name(c) for c in configs) and seen[head] and seen[other]
+    assert runs["key"].tolist() == [run_key(c) for c in configs] and len(silently(tmp_path / "ray")) == 4
+    if kill: assert seen[head] & seen[other], "the killed node's run was done again by the other"
+    alone = run_matrix(place(configs, tmp_path / "local"), jobs=2, progress=False)
+    same = lambda table: table.drop(columns=["out", "folder", "finished", *(k for k in table if k.startswith("seconds_"))])
+    pd.testing.assert_frame_equal(same(runs), same(alone))
