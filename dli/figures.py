@@ -372,7 +372,7 @@ def fig3_iou_per_class(
         rows = {m: own for m in methods if len(own := matching(shown[shown["encoder"] == encoder], method=m))}
         for k, (ax, c) in enumerate(zip(row, classes)): draw_class(ax, rows, c, f"C{k + 1}")
         row[0].invert_yaxis()
-        row[0].set_ylabel(encoder)
+        if len(encoders) > 1: row[0].set_ylabel(encoder)
     return caption(figure, f"IoU of each class, pooled over folds (bars) and in each fold (dots); grey: methods that inject nothing, dashed: the best of them.\n{budget_line(shown)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-060
@@ -581,7 +581,7 @@ def fig5_weak_supervision(runs: pd.DataFrame) -> Figure:
             printed = own.dropna(subset="printed_drop")
             if len(printed): row[1].plot(100 * printed["fraction"], 100 * printed["printed_drop"], "*", color=style["color"], markerfacecolor="white", markersize=9, label=f"{method}, printed")
         row[0].set(ylabel=f"IoU, {encoder}", ylim=(0, None))
-        row[1].set(ylabel="change against all of the data, %")
+        row[1].set(ylabel="against all of the data, %")
         row[1].legend()
     for ax in axes[-1]: ax.set(xlabel="share of the training data, %", xticks=100 * table["fraction"].unique())
     return caption(figure, table.attrs["caption"])
@@ -628,8 +628,8 @@ def leakage_figure(runs: pd.DataFrame) -> Figure:
         for y, (_, row) in enumerate(own.iterrows()):
             color = "black" if row["score"] == "iou_macro" else f"C{y}"
             ax.plot([row["tile_split"], row["image_split"]], [y, y], color=color, linewidth=1.6, alpha=0.6)
-            ax.plot(row["tile_split"], y, "o", color=color, markersize=5)
-            ax.plot(row["image_split"], y, "o", color=color, markersize=5, markerfacecolor="white")
+            ax.plot(row["tile_split"], y, "o", color=color, markersize=5, clip_on=False)
+            ax.plot(row["image_split"], y, "o", color=color, markersize=5, markerfacecolor="white", clip_on=False)
         ax.set(title=label_of(method, encoder, table), xlim=(0, 1), xlabel="IoU", yticks=range(len(own)), yticklabels=["mean", *own["score"].iloc[1:].str.removeprefix("iou_")])
     axes[0, 0].invert_yaxis()
     return caption(figure, f"Filled: held-out tiles; hollow: held-out images. {table.attrs['caption']}")
