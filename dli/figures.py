@@ -10,14 +10,14 @@ __all__ = ['BUDGET', 'CHOICES', 'METRIC_NOTE', 'STYLE', 'WEAK', 'LINES', 'PAIRS'
            'with_average', 'titled', 'admissible_text', 'compared_methods', 'table1', 'table2', 'in_style', 'caption',
            'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class', 'table3_iou_per_class',
            'label_of', 'forest', 'table1_differences', 'chosen_images', 'read_regions', 'photographs_of',
-           'draw_regions', 'image_iou', 'comparable', 'qualitative', 'draw_example', 'best_competitor',
+           'draw_regions', 'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor',
            'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_row',
            'table5_weak_supervision', 'fig5_weak_supervision', 'both_splits', 'leak_rows', 'leakage_table',
            'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows',
            'score_panels', 'policy_figure', 'shortcut_table', 'shortcut_figure', 'ladder_rows', 'ladder_table',
            'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
-           'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'fig8_blends',
-           'draw_blends', 'markdown_text', 'latex_text', 'save_table', 'save_figure', 'save_artifact',
+           'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'draw_blends',
+           'fig8_blends', 'markdown_text', 'latex_text', 'save_table', 'save_figure', 'save_artifact',
            'unlisted_configs', 'missing_text', 'study_runs', 'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
@@ -263,6 +263,7 @@ def titled(
     table.attrs["caption"] = f"{text}.\n{budget_line(runs)}"
     return table
 
+# %% ../nbs/08_figures.ipynb #08-figures-046
 def admissible_text(runs: pd.DataFrame) -> str:
     "Whether the budget is admissible (protocol, section 3): the baseline's training IoU exceeds 0.5 for every class; empty without rows of it."
     own, classes = matching(runs, method="baseline"), classes_of(read_counts(runs.iloc[0]))
@@ -271,6 +272,7 @@ def admissible_text(runs: pd.DataFrame) -> str:
     verdict = "admissible by" if each.min() > 0.5 else "NOT ADMISSIBLE by"
     return f". The budget is {verdict} the protocol: the baseline's lowest training IoU is {each.min():.2f} ({each.idxmin().removeprefix('train_iou_')})"
 
+# %% ../nbs/08_figures.ipynb #08-figures-048
 def compared_methods(
     runs: pd.DataFrame,
     methods: Sequence[str],
@@ -285,12 +287,12 @@ def table1(runs: pd.DataFrame) -> pd.DataFrame:
     "Table 1: methods by encoder, beside the printed values."
     return compared_methods(runs, table1_methods(runs), "table1")
 
-# %% ../nbs/08_figures.ipynb #08-figures-047
+# %% ../nbs/08_figures.ipynb #08-figures-051
 def table2(runs: pd.DataFrame) -> pd.DataFrame:
     "Table 2: cut-paste only, Poisson only, both; beside the printed values."
     return compared_methods(runs, ["dli-cutpaste", "dli-poisson", "dli"], "table2")
 
-# %% ../nbs/08_figures.ipynb #08-figures-050
+# %% ../nbs/08_figures.ipynb #08-figures-054
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 7,
          "xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 80, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
 
@@ -313,7 +315,7 @@ def caption(
     figure.supxlabel(lines, fontsize=6.5, color="0.35", x=0.01, ha="left")
     return figure
 
-# %% ../nbs/08_figures.ipynb #08-figures-054
+# %% ../nbs/08_figures.ipynb #08-figures-058
 def injects(method: str) -> bool:
     "Whether a method pastes defects."
     return METHODS[method].inject is not None
@@ -343,7 +345,7 @@ def bar(
     fold_dots(ax, folds, y)
     ax.text(1.08, y, number_text(float(value), ".2f"), va="center", fontsize=6.5)
 
-# %% ../nbs/08_figures.ipynb #08-figures-056
+# %% ../nbs/08_figures.ipynb #08-figures-060
 def draw_class(
     ax: plt.Axes,  # drawn into
     rows: dict[str, pd.DataFrame],  # method -> rows
@@ -358,7 +360,7 @@ def draw_class(
     ax.set(title=name, yticks=range(len(rows)), yticklabels=rows)
     unit_axis(ax)
 
-# %% ../nbs/08_figures.ipynb #08-figures-057
+# %% ../nbs/08_figures.ipynb #08-figures-061
 @in_style
 def fig3_iou_per_class(
     runs: pd.DataFrame,  # of `load_runs`
@@ -375,7 +377,7 @@ def fig3_iou_per_class(
         if len(encoders) > 1: row[0].set_ylabel(encoder)
     return caption(figure, f"IoU of each class, pooled over folds (bars) and in each fold (dots); grey: methods that inject nothing, dashed: the best of them.\n{budget_line(shown)}")
 
-# %% ../nbs/08_figures.ipynb #08-figures-060
+# %% ../nbs/08_figures.ipynb #08-figures-064
 def table3_iou_per_class(runs: pd.DataFrame) -> pd.DataFrame:
     "The numbers of Fig. 3."
     methods = table1_methods(one_budget(runs))
@@ -385,7 +387,7 @@ def table3_iou_per_class(runs: pd.DataFrame) -> pd.DataFrame:
     table = method_table(shown, methods, [], names)[["encoder", "method", *names, "folds"]]
     return titled(table, shown, "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class")
 
-# %% ../nbs/08_figures.ipynb #08-figures-063
+# %% ../nbs/08_figures.ipynb #08-figures-067
 def label_of(what: str, encoder: str, table: pd.DataFrame) -> str:
     "A label that names the encoder where the table has several."
     return what if table["encoder"].nunique() == 1 else f"{what}, {encoder}"
@@ -413,7 +415,7 @@ def table1_differences(runs: pd.DataFrame) -> Figure:
     table = table1(runs)
     return forest(table, "dli_minus", [label_of(f"dli - {m}", e, table) for m, e in zip(table["method"], table["encoder"])])
 
-# %% ../nbs/08_figures.ipynb #08-figures-066
+# %% ../nbs/08_figures.ipynb #08-figures-070
 def chosen_images(
     rows: pd.DataFrame,  # of one method and encoder
 ) -> pd.DataFrame:  # a row per class: name, class, seed
@@ -432,13 +434,13 @@ def read_regions(
         if name not in (names := file["name"].tolist()): raise ValueError(f"{path}: no image {name!r} among the {len(names)} that this run validated")
         return np.unpackbits(file["regions"][names.index(name)], axis=-1).astype(bool)
 
-# %% ../nbs/08_figures.ipynb #08-figures-067
+# %% ../nbs/08_figures.ipynb #08-figures-071
 def photographs_of(runs: pd.DataFrame) -> Samples:
     "The dataset that the rows were trained on, at their size."
     first = one_budget(runs).iloc[0]
     return load_dataset(first["source"], size=int(first["image_size"]))
 
-# %% ../nbs/08_figures.ipynb #08-figures-071
+# %% ../nbs/08_figures.ipynb #08-figures-075
 def draw_regions(
     ax: plt.Axes,  # drawn into
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
@@ -460,7 +462,7 @@ def image_iou(row: pd.Series, name: str, kind: str) -> float:
     tp, wrong = counts[f"tp_{kind}"], counts[f"fp_{kind}"] + counts[f"fn_{kind}"]
     return float(tp / (tp + wrong)) if tp + wrong else math.nan
 
-# %% ../nbs/08_figures.ipynb #08-figures-072
+# %% ../nbs/08_figures.ipynb #08-figures-076
 def comparable(
     runs: pd.DataFrame,  # all
     columns: dict[str, pd.DataFrame],  # title -> rows
@@ -475,7 +477,25 @@ def comparable(
     if not common: raise ValueError(f"runs: expected an encoder and a seed that all of {', '.join(columns)} and {judge} have, got none")
     return {title: rows[rows["seed"].isin(common)] for title, rows in columns.items()}, judging[judging["seed"].isin(common)], judge
 
-# %% ../nbs/08_figures.ipynb #08-figures-073
+# %% ../nbs/08_figures.ipynb #08-figures-077
+def draw_example(
+    axs: Sequence[plt.Axes],  # a row of panels
+    image: np.ndarray,
+    mask: np.ndarray,
+    chosen: pd.Series,  # name, class, seed
+    columns: dict[str, pd.DataFrame],  # title -> rows
+    classes: int,
+) -> None:
+    "One row of a qualitative figure."
+    draw_regions(axs[0], image, mask)
+    axs[0].set_ylabel(chosen["class"], color=f"C{mask.max()}")
+    draw_regions(axs[1], image, mask, np.stack([mask == k + 1 for k in range(classes)]))
+    for ax, rows in zip(axs[2:], columns.values()):
+        row = rows[rows["seed"] == chosen["seed"]].iloc[0]
+        draw_regions(ax, image, mask, read_regions(row, chosen["name"]))
+        ax.set_xlabel(number_text(image_iou(row, chosen["name"], chosen["class"]), ".2f"), fontsize=7, labelpad=1)
+
+# %% ../nbs/08_figures.ipynb #08-figures-078
 @in_style
 def qualitative(
     runs: pd.DataFrame,  # of `load_runs`
@@ -495,24 +515,7 @@ def qualitative(
     shown = pd.concat(list(columns.values()))
     return caption(figure, f"{text}. Filled: predicted; outlined: true; the number is the image's IoU of its class. Images: of each class the one whose IoU is the lower median for {judge}.\n{budget_line(shown)}")
 
-def draw_example(
-    axs: Sequence[plt.Axes],  # a row of panels
-    image: np.ndarray,
-    mask: np.ndarray,
-    chosen: pd.Series,  # name, class, seed
-    columns: dict[str, pd.DataFrame],  # title -> rows
-    classes: int,
-) -> None:
-    "One row of a qualitative figure."
-    draw_regions(axs[0], image, mask)
-    axs[0].set_ylabel(chosen["class"], color=f"C{mask.max()}")
-    draw_regions(axs[1], image, mask, np.stack([mask == k + 1 for k in range(classes)]))
-    for ax, rows in zip(axs[2:], columns.values()):
-        row = rows[rows["seed"] == chosen["seed"]].iloc[0]
-        draw_regions(ax, image, mask, read_regions(row, chosen["name"]))
-        ax.set_xlabel(number_text(image_iou(row, chosen["name"], chosen["class"]), ".2f"), fontsize=7, labelpad=1)
-
-# %% ../nbs/08_figures.ipynb #08-figures-075
+# %% ../nbs/08_figures.ipynb #08-figures-080
 def best_competitor(runs: pd.DataFrame) -> str:
     "The method of Table 1 that injects nothing, is not `baseline`, and has the largest pooled `iou_macro`. Raises ValueError where there is none."
     rivals = [m for m in table1_methods(runs) if not injects(m) and m != "baseline"]
@@ -525,7 +528,7 @@ def fig4_qualitative(runs: pd.DataFrame, samples: Samples, encoder: str | None =
     columns = {m: matching(runs, method=m) for m in ("baseline", best_competitor(runs), "dli")}
     return qualitative(runs, columns, samples, "Predictions on held-out images", encoder)
 
-# %% ../nbs/08_figures.ipynb #08-figures-077
+# %% ../nbs/08_figures.ipynb #08-figures-082
 def fractions_of(runs: pd.DataFrame) -> list[float]:
     "The shares of the training part among the rows, the smallest first."
     return sorted(runs["fraction"].unique())
@@ -541,7 +544,7 @@ def fig7_ablation_qualitative(runs: pd.DataFrame, samples: Samples, encoder: str
     columns = {title: matching(runs, method=m) for title, m in {"cut-paste": "dli-cutpaste", "Poisson": "dli-poisson", "both": "dli"}.items()}
     return qualitative(runs, columns, samples, "DLI by way of blending", encoder)
 
-# %% ../nbs/08_figures.ipynb #08-figures-081
+# %% ../nbs/08_figures.ipynb #08-figures-086
 WEAK = "dli", "wce"  # the methods of Fig. 5
 LINES = dict(color="C0", marker="o", markersize=4), dict(color="0.45", marker="s", markersize=4)
 
@@ -566,7 +569,7 @@ def table5_weak_supervision(runs: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame([weak_row(own, m, f) for own, m, f in each if len(matching(own, method=m, fraction=f))])
     return titled(table, shown, "IoU (iou_macro, pooled) by share of the training data, and its change relative to all of the data")
 
-# %% ../nbs/08_figures.ipynb #08-figures-083
+# %% ../nbs/08_figures.ipynb #08-figures-088
 @in_style
 def fig5_weak_supervision(runs: pd.DataFrame) -> Figure:
     "Fig. 5: IoU by share of the training data, and the relative drop, DLI against WCE."
@@ -586,7 +589,7 @@ def fig5_weak_supervision(runs: pd.DataFrame) -> Figure:
     for ax in axes[-1]: ax.set(xlabel="share of the training data, %", xticks=100 * table["fraction"].unique())
     return caption(figure, table.attrs["caption"])
 
-# %% ../nbs/08_figures.ipynb #08-figures-088
+# %% ../nbs/08_figures.ipynb #08-figures-093
 def both_splits(runs: pd.DataFrame) -> list[tuple[str, str]]: # encoder, method
     "The encoders and methods of which there are rows under both splits."
     has = lambda e, m, s: len(matching(runs[runs["encoder"] == e], method=m, split=s)) > 0
@@ -605,7 +608,7 @@ def leak_rows(
     rows[0] |= {k: interval[k] for k in ("leak_low", "leak_high")}
     return rows
 
-# %% ../nbs/08_figures.ipynb #08-figures-089
+# %% ../nbs/08_figures.ipynb #08-figures-094
 def leakage_table(runs: pd.DataFrame) -> pd.DataFrame:
     "IoU under the image split and under the tile split, and their difference. Raises ValueError where no method has both."
     pairs = both_splits(one_budget(runs))
@@ -616,7 +619,7 @@ def leakage_table(runs: pd.DataFrame) -> pd.DataFrame:
     return titled(table, shown, "IoU pooled over folds, held-out images (the paper's random split) against held-out tiles; leak: their difference, with its 95 % interval "
                   "from resampled tiles where all images were held out under both")
 
-# %% ../nbs/08_figures.ipynb #08-figures-091
+# %% ../nbs/08_figures.ipynb #08-figures-096
 @in_style
 def leakage_figure(runs: pd.DataFrame) -> Figure:
     "A line per class from the IoU under the tile split (filled) to that under the image split (hollow)."
@@ -634,7 +637,7 @@ def leakage_figure(runs: pd.DataFrame) -> Figure:
     axes[0, 0].invert_yaxis()
     return caption(figure, f"Filled: held-out tiles; hollow: held-out images. {table.attrs['caption']}")
 
-# %% ../nbs/08_figures.ipynb #08-figures-094
+# %% ../nbs/08_figures.ipynb #08-figures-099
 PAIRS = {
     ("dli", "inject-random"): "which class is pasted",
     ("dli", "sampler"): "pasting instead of drawing evenly",
@@ -659,7 +662,7 @@ def attribution_figure(runs: pd.DataFrame) -> Figure:
     table = attribution_table(runs)
     return forest(table, "difference", [label_of(f"{d}: {w}", e, table) for e, d, w in zip(table["encoder"], table["difference_of"], table["what"])])
 
-# %% ../nbs/08_figures.ipynb #08-figures-098
+# %% ../nbs/08_figures.ipynb #08-figures-103
 POLICIES = "dli", "dli-all"
 CLEAN_SCORES = "clean_alarm", "alarm_at_95", "auroc_image"
 
@@ -670,7 +673,7 @@ def policy_table(runs: pd.DataFrame) -> pd.DataFrame:
     return titled(table, shown, "dli leaves clean images as they are once classes are equal, dli-all leaves none; pooled over folds, _mean: over folds with its deviation; "
                   "clean_alarm: share of clean images with a predicted region; alarm_at_95: alarmed when 95 % of the defective ones are found; auroc_image: clean against defective")
 
-# %% ../nbs/08_figures.ipynb #08-figures-100
+# %% ../nbs/08_figures.ipynb #08-figures-105
 def score_panel(
     ax: plt.Axes,  # drawn into
     rows: dict[str, pd.DataFrame],  # label -> rows
@@ -700,14 +703,14 @@ def score_panels(
     for ax, (name, color) in zip(axes, colors.items()): score_panel(ax, rows, name, color)
     return caption(figure, f"{text}. Bars: mean over folds; dots: folds.\n{budget_line(shown)}")
 
-# %% ../nbs/08_figures.ipynb #08-figures-101
+# %% ../nbs/08_figures.ipynb #08-figures-106
 @in_style
 def policy_figure(runs: pd.DataFrame) -> Figure:
     "IoU (blue) and clean figures (grey) of `dli` and `dli-all`."
     colors = dict.fromkeys(("iou_macro", "iou_micro"), "C0") | dict.fromkeys(CLEAN_SCORES, "0.6")
     return score_panels(runs, POLICIES, colors, "dli leaves clean images once classes are equal, dli-all leaves none")
 
-# %% ../nbs/08_figures.ipynb #08-figures-104
+# %% ../nbs/08_figures.ipynb #08-figures-109
 SHORTCUT = "baseline", "dli-cutpaste", "dli-poisson", "dli"
 SEAMS = {"clean_alarm": "0.6", "seam_alarm_cutpaste": "C0", "seam_alarm_poisson": "C9"}
 
@@ -727,7 +730,7 @@ def shortcut_figure(runs: pd.DataFrame) -> Figure:
     "`shortcut_table` as a picture."
     return score_panels(runs, SHORTCUT, SEAMS, "Share of clean held-out images alarmed: as they are, and with a clean patch pasted into each")
 
-# %% ../nbs/08_figures.ipynb #08-figures-109
+# %% ../nbs/08_figures.ipynb #08-figures-114
 def ladder_rows(runs: pd.DataFrame) -> list[dict]: # of one encoder
     "A row per rung that has been trained, with its difference to the rung before. The last rung is trained as the one before, and reported otherwise."
     rungs, table = [(label, rows) for label, changes in LADDER if len(rows := matching(runs, **changes))], []
@@ -745,7 +748,7 @@ def ladder_table(runs: pd.DataFrame) -> pd.DataFrame:
     return titled(table, shown, "From the authors' recipe to ours, one change a row, each kept in the rows below; reported: mean over folds of the best evaluation of a run, selected on the very images it is "
                   "reported on, and in the last row of the last step; iou_macro: at the last step, pooled; step: its difference to the row above. The first row is scored on masks > 0")
 
-# %% ../nbs/08_figures.ipynb #08-figures-111
+# %% ../nbs/08_figures.ipynb #08-figures-116
 @in_style
 def ladder_figure(runs: pd.DataFrame) -> Figure:
     "`ladder_table` as a picture."
@@ -762,7 +765,7 @@ def ladder_figure(runs: pd.DataFrame) -> Figure:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return caption(figure, table.attrs["caption"])
 
-# %% ../nbs/08_figures.ipynb #08-figures-114
+# %% ../nbs/08_figures.ipynb #08-figures-119
 def dataset_numbers(samples: Samples) -> pd.DataFrame:
     "The dataset table, beside the printed numbers."
     printed = printed_values("dataset").replace({"row": {"Defect-free": FREE}}).set_index(["row", "column"])
@@ -779,7 +782,7 @@ def source_text(samples: Samples) -> str:
     "Where the samples come from; what is not real says so."
     return "SYNTHETIC TILES, not the printed dataset" if samples.source == "synthetic" else samples.source
 
-# %% ../nbs/08_figures.ipynb #08-figures-116
+# %% ../nbs/08_figures.ipynb #08-figures-121
 @in_style
 def fig2_histogram(samples: Samples) -> Figure:
     "Fig. 2: photographs per class, as printed and as they are; and the physical tiles that they show."
@@ -793,7 +796,7 @@ def fig2_histogram(samples: Samples) -> Figure:
         ax.spines["left"].set_visible(False)
     return caption(figure, f"{source_text(samples)}. The paper prints {', '.join(f'{p} {c}' for c, p in zip(table['class'], table['printed_images']))}.")
 
-# %% ../nbs/08_figures.ipynb #08-figures-119
+# %% ../nbs/08_figures.ipynb #08-figures-124
 def telling_step(
     train: Samples,
     inject: DynamicLabelInjection,
@@ -825,7 +828,7 @@ def connect(
     "An arrow from one panel to another."
     figure.add_artist(ConnectionPatch((0.5, -0.04), (0.5, 1.04), "axes fraction", axesA=above, axesB=below, arrowstyle="-|>", color=color, linewidth=1, mutation_scale=8))
 
-# %% ../nbs/08_figures.ipynb #08-figures-120
+# %% ../nbs/08_figures.ipynb #08-figures-125
 def draw_injections(
     figure: Figure,  # drawn into
     axes: np.ndarray,  # (3, B) panels
@@ -856,7 +859,7 @@ def draw_counts(
     ax.invert_yaxis()
     ax.tick_params(length=0, labelsize=6.5)
 
-# %% ../nbs/08_figures.ipynb #08-figures-121
+# %% ../nbs/08_figures.ipynb #08-figures-126
 @in_style
 def fig1_pipeline(
     train: Samples,  # the training part
@@ -887,13 +890,29 @@ def finish_pipeline(axes: np.ndarray) -> None: # (3, B + 1) panels
     for ax, text in zip(axes[:, 0], ("batch", "donors", "balanced batch,\nto the U-Net")):
         ax.text(-0.1, 0.5, text, rotation=90, ha="right", va="center", multialignment="center", transform=ax.transAxes, fontsize=7.5)
 
-# %% ../nbs/08_figures.ipynb #08-figures-124
+# %% ../nbs/08_figures.ipynb #08-figures-129
 def median_donor(pool: DonorPool, label: int) -> int:
     "The donor of a class whose area is the lower median."
     own = np.flatnonzero(pool.labels == label)
     area = [pool.donors[i].mask.sum() for i in own]
     return int(own[np.argsort(area, kind="stable")[(len(own) - 1) // 2]])
 
+def draw_blends(
+    axs: Sequence[plt.Axes],  # five panels
+    train: Samples,
+    pool: DonorPool,
+    donor: int,  # of the pool
+    target: torch.Tensor,  # uint8 (C, H, W)
+    poisson: torch.Tensor,  # the same with the donor blended
+    pasted: torch.Tensor,  # and cut-pasted
+) -> None:
+    "A row of Fig. 8."
+    source, label = train[int(np.flatnonzero(train.table["name"] == pool.donors[donor].name)[0])], int(pool.labels[donor])
+    pictures = [target.permute(1, 2, 0), source.images[0], 255 * (source.masks[0] == label), poisson.permute(1, 2, 0), pasted.permute(1, 2, 0)]
+    for ax, picture in zip(axs, pictures): draw_regions(ax, np.asarray(picture), source.masks[0])
+    axs[0].set_ylabel(pool.classes[label - 1], color=f"C{label}")
+
+# %% ../nbs/08_figures.ipynb #08-figures-130
 @in_style
 def fig8_blends(
     train: Samples,  # the training part
@@ -911,22 +930,7 @@ def fig8_blends(
     for ax, title in zip(axes[0], ("(a) defect-free", "(b) donor", "(c) its mask", "(d) Poisson", "(e) cut-paste")): ax.set_title(title)
     return caption(figure, f"{source_text(train)}: the donor of median area of each class, moved and turned as its class allows; (d) and (e) are the same plan, blended in two ways.")
 
-def draw_blends(
-    axs: Sequence[plt.Axes],  # five panels
-    train: Samples,
-    pool: DonorPool,
-    donor: int,  # of the pool
-    target: torch.Tensor,  # uint8 (C, H, W)
-    poisson: torch.Tensor,  # the same with the donor blended
-    pasted: torch.Tensor,  # and cut-pasted
-) -> None:
-    "A row of Fig. 8."
-    source, label = train[int(np.flatnonzero(train.table["name"] == pool.donors[donor].name)[0])], int(pool.labels[donor])
-    pictures = [target.permute(1, 2, 0), source.images[0], 255 * (source.masks[0] == label), poisson.permute(1, 2, 0), pasted.permute(1, 2, 0)]
-    for ax, picture in zip(axs, pictures): draw_regions(ax, np.asarray(picture), source.masks[0])
-    axs[0].set_ylabel(pool.classes[label - 1], color=f"C{label}")
-
-# %% ../nbs/08_figures.ipynb #08-figures-127
+# %% ../nbs/08_figures.ipynb #08-figures-133
 def markdown_text(table: pd.DataFrame) -> str:
     "A readable table with its caption, in Markdown."
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
@@ -950,7 +954,7 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(f"{path}.png", dpi=160)
         figure.savefig(f"{path}.pdf", metadata=dict(CreationDate=None))
 
-# %% ../nbs/08_figures.ipynb #08-figures-128
+# %% ../nbs/08_figures.ipynb #08-figures-134
 def save_artifact(
     name: str,  # of the artifact: table1, fig3_iou_per_class, ...
     artifact: Figure | pd.DataFrame,
@@ -965,7 +969,7 @@ def save_artifact(
     save_table(folder / name, artifact)
     return readable(artifact).style.hide(axis="index").set_caption(artifact.attrs.get("caption", "")).set_uuid(name)
 
-# %% ../nbs/08_figures.ipynb #08-figures-132
+# %% ../nbs/08_figures.ipynb #08-figures-138
 def unlisted_configs(preset: str, encoders: Sequence[str], seeds: Sequence[int]) -> list[RunConfig]:
     "Configs of the methods that no study names: their rows are shown where there are any."
     named = set().union(*(study_methods(s) for s in STUDIES))
@@ -979,7 +983,7 @@ def missing_text(
     names = "\n  ".join(run_name(c) for c in configs)
     return f"{len(configs)} rows are missing:\n  {names}\nTrain them: {command}\nor set run_missing=True, or ask for fewer seeds or encoders"
 
-# %% ../nbs/08_figures.ipynb #08-figures-133
+# %% ../nbs/08_figures.ipynb #08-figures-139
 def study_runs(
     names: Sequence[str],  # studies: keys of `STUDIES`
     preset: str,  # a key of `PRESETS`
@@ -999,7 +1003,7 @@ def study_runs(
     runs = load_runs(project_root() / RESULTS, project_root() / store, preset=preset)
     return runs[runs["key"].isin({run_key(c) for c in wanted + extra})].reset_index(drop=True)
 
-# %% ../nbs/08_figures.ipynb #08-figures-138
+# %% ../nbs/08_figures.ipynb #08-figures-144
 PARAMETERS = "preset", "encoders", "seeds", "dataset", "run_missing", "jobs", "store", "out", "size"
 
 def notebook_runs(
