@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -41,6 +42,12 @@ def no_pictures(done, val, folder): pass
 SERVED = multiprocessing.get_context("forkserver")
 SERVED.set_forkserver_preload(["dli.study"])
 WORK = study.work
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    "Start that process now: later it would be started, as children are, deaf to Ctrl-C."
+    multiprocessing.forkserver.ensure_running()
 
 
 def work(job, errors):
@@ -393,15 +400,18 @@ def kill_group(pid):
         with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
 
 
+def without_times(rows):
+    return rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "commit", "out", "folder")])
+
+
 def outcome(configs):
     "All that finished runs leave, times left out."
     rows = finished_runs(configs, *{c.out for c in configs}).set_index("key")
     for c in configs: assert {p.name for p in run_folder(c).iterdir()} - {"curve.png", "predictions.png"} == {*FILES, "model.safetensors"}
-    rows = rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "out", "folder")])
     curves = [pd.read_csv(run_folder(c) / "curve.csv").drop(columns="seconds").to_csv() for c in configs]
     files = [(run_folder(c) / name).read_bytes() for c in configs for name in ("counts.csv", "model.safetensors")]
     regions = [np.load(run_folder(c) / "regions.npz")["regions"].tobytes() for c in configs]
-    return rows.sort_index().to_json(), curves, files, regions
+    return without_times(rows).sort_index().to_json(), curves, files, regions
 
 
 def place(configs, out): return [replace(c, out=str(out)) for c in configs]
@@ -629,5 +639,4 @@ def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
     assert runs["key"].tolist() == [run_key(c) for c in configs] and len(silently(tmp_path / "ray")) == 4
     if kill: assert seen[head] & seen[other], "the killed node's run was done again by the other"
     alone = run_matrix(place(configs, tmp_path / "local"), jobs=2, progress=False)
-    same = lambda table: table.drop(columns=["out", "folder", "finished", *(k for k in table if k.startswith("seconds_"))])
-    pd.testing.assert_frame_equal(same(runs), same(alone))
+    pd.testing.assert_frame_equal(without_times(runs), without_times(alone))
