@@ -54,7 +54,7 @@ def read_mask(
     "Read an index mask, resized as the photographs are (nearest). Raises ValueError that says what is wrong with the file."
     try:
         with Image.open(path) as image:
-            mode, mask = image.mode, np.asarray(image)
+            mode, mask = image.mode, np.asarray(image.convert("L") if image.mode == "1" else image)  # one bit: black and white, 0 and 255
     except Exception as error: raise ValueError(f"can't be read: truncated, or not an image ({error})") from None
     if mode not in ("L", "P", "1", "I;16", "I"): raise ValueError(f"expected one channel of class indices, got an image of mode {mode}")
     if (size := mask.shape[::-1]) not in sizes: raise ValueError(f"expected {' or '.join('{} x {}'.format(*s) for s in sizes)} pixels, got {size[0]} x {size[1]}")
@@ -96,8 +96,8 @@ def fold_samples(
     "The images that a fold validates. Raises ValueError, naming the choices."
     for name, value, choices in (("fold", fold, (None, *range(FOLDS))), ("partition", partition, PARTITIONS), ("protocol", protocol, PROTOCOLS)):
         if value not in choices: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
-    number = fold_table(samples)[f"{protocol}_{partition}"]
-    return samples[(number.notna() if fold is None else (number == fold).fillna(False)).to_numpy(bool)]
+    usable = samples[samples.table["usable"].to_numpy()]
+    return usable if fold is None else usable[held_out(usable, protocol, FOLDS * partition + fold)]
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-019
 def score_counts(
@@ -129,7 +129,7 @@ def score(
     samples = magnetic_tiles() if samples is None else samples
     return scores(score_counts(predictions, fold, partition, protocol, samples), samples.classes) | dict(auroc_image=None, alarm_at_95=None)
 
-# %% ../nbs/09_benchmark.ipynb #09-benchmark-029
+# %% ../nbs/09_benchmark.ipynb #09-benchmark-033
 def main(arguments: list[str] | None = None) -> int:
     "The command `dli-score`; returns its exit code."
     parser = argparse.ArgumentParser("dli-score", description="Score predicted index masks of the Magnetic Tiles (0 none, 1 Blowhole, 2 Break, 3 Crack, 4 Fray, 5 Uneven).")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dli.benchmark import BadPredictions, fold_samples, fold_table, read_folds, read_mask, score, score_counts
+from dli.benchmark import BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts
 from dli.data import Samples, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles
 
 CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
@@ -22,6 +22,10 @@ def write(folder, masks, names):
     folder.mkdir(exist_ok=True)
     for name, mask in zip(names, masks): Image.fromarray(mask).save(folder / f"{name}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(): return magnetic_tiles()
 
 
 @pytest.fixture
@@ -54,6 +58,12 @@ def test_the_folds_together_are_all_usable_images():
     parts = [set(fold_samples(TILES, fold).table["name"]) for fold in range(5)]
     whole = set(fold_samples(TILES, None).table["name"])
     assert set.union(*parts) == whole == set(TILES.table["name"][TILES.table["usable"]]) and sum(map(len, parts)) == len(whole)
+
+
+def test_a_fold_is_what_the_table_says():
+    folds = fold_table(TILES)
+    for protocol, partition, fold in (("tile", 0, 3), ("image", 0, 3), ("tile", 1, 0), ("image", 1, 4)):
+        assert list(fold_samples(TILES, fold, partition, protocol).table["name"]) == list(folds["name"][folds[f"{protocol}_{partition}"] == fold])
 
 
 def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
@@ -97,8 +107,8 @@ def test_masks_of_the_photographs_own_size(tmp_path):
 
 
 @real
-def test_published_masks_at_full_size_are_perfect(tmp_path):
-    samples, root = magnetic_tiles(), find_magnetic_tiles()
+def test_published_masks_at_full_size_are_perfect(tmp_path, photographs):
+    samples, root = photographs, find_magnetic_tiles()
     part = fold_samples(samples, 3)
     for row in part.table.itertuples():
         kind = CLASSES.index(row._2) + 1 if row._2 in CLASSES else 0
@@ -134,6 +144,7 @@ FAULTS = {
     "misnamed": (lambda path: path.rename(path.with_name("other.png")), "other.png: unknown; the dataset has no image of that name"),
     "size": (image(np.zeros((32, 31), np.uint8)), "expected 32 x 32 pixels, got 31 x 32"),
     "white": (image(np.full((32, 32), 255, np.uint8)), "expected values 0..5, got 255; white for a defect"),
+    "one bit": (image(np.eye(32, dtype=bool)), "expected values 0..5, got 255; white for a defect"),
     "six": (image(np.full((32, 32), 6, np.uint8)), "expected values 0..5, got 6"),
     "many": (image(np.arange(1024, dtype=np.uint8).reshape(32, 32)), r"expected values 0..5, got 6, 7, 8 \.\.\."),
     "colours": (image(np.zeros((32, 32, 3), np.uint8)), "expected one channel of class indices, got an image of mode RGB"),
@@ -176,21 +187,33 @@ def command(*words):
 
 
 @real
-def test_command(tmp_path):
-    part = fold_samples(magnetic_tiles(), 4)
+def test_command(tmp_path, photographs):
+    part = fold_samples(photographs, 4)
     folder = write(tmp_path / "masks", part.masks, part.table["name"])
     done = command(folder, "--fold", 4, "--json")
-    assert done.returncode == 0 and json.loads(done.stdout) == score(folder, 4)
-    done = command(folder, "--fold", 4)
-    assert done.returncode == 0 and dict(line.split() for line in done.stdout.splitlines())["iou_macro"] == "1.0"
-    done = command(folder, "--fold", 3)
-    assert done.returncode == 1 and "problems" in done.stderr and "missing" in done.stderr and not done.stdout
+    assert done.returncode == 0 and json.loads(done.stdout) == score(folder, 4, samples=photographs)
+
+
+@real
+def test_command_prints_a_table_or_what_is_wrong(tmp_path, capsys, photographs):
+    part = fold_samples(photographs, 4, 1, "image")
+    folder = str(write(tmp_path / "masks", part.masks, part.table["name"]))
+    assert main([folder, "--fold", "4", "--partition", "1", "--protocol", "image"]) == 0
+    assert dict(line.split() for line in capsys.readouterr().out.splitlines())["iou_macro"] == "1.0"
+    assert main([folder, "--fold", "3"]) == 1
+    said = capsys.readouterr()
+    assert "problems" in said.err and "missing" in said.err and not said.out
 
 
 def test_command_says_what_is_wrong(tmp_path):
     done = command(tmp_path, "--data", tmp_path / "nowhere")
-    assert done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr
-    assert command(tmp_path, "--fold", 7).returncode == 2 and command().returncode == 2
+    assert done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["masks", "--fold", "7"], ["masks", "--partition", "2"], ["masks", "--protocol", "random"], ["masks", "--size", "64"]])
+def test_command_refuses_wrong_usage(words, capsys):
+    with pytest.raises(SystemExit) as end: main(words)
+    assert end.value.code == 2 and "usage: dli-score" in capsys.readouterr().err
 
 
 def test_read_mask_resizes_to_the_nearest(tmp_path):
