@@ -3,6 +3,7 @@ PYTHON ?= python3
 METHOD ?= dli
 PRESET ?= quick
 SEED ?= 0
+SEEDS ?= [0, 1, 2, 3, 4]
 NAME ?= $(METHOD)-$(PRESET)-$(SEED)
 BIN := .venv/bin
 README ?= README.md
@@ -12,7 +13,7 @@ ifneq ($(wildcard ../shared/magnetic-tile),)
 export DLI_DATA ?= $(abspath ../shared/magnetic-tile)
 endif
 
-.PHONY: help install run test test-slow docs readme prepare
+.PHONY: help install run figures test test-slow docs readme prepare
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +30,11 @@ install: .venv/installed ## make .venv, install the package with its dev tools, 
 run: install ## one training run: make run METHOD=dli (also PRESET=, SEED=, NAME=)
 	@mkdir -p runs
 	$(BIN)/papermill nbs/experiments.ipynb runs/$(NAME).ipynb -p method $(METHOD) -p preset $(PRESET) -p seed $(SEED) --log-output
+
+figures: install ## re-draw paper_figures/ from the committed rows; SEEDS='[0, 1]': the folds that have to be there
+	@mkdir -p runs
+	@failed=0; for name in baselines ablation weak_supervision leakage attribution; do \
+	  $(BIN)/papermill nbs/$$name.ipynb runs/$$name.ipynb -p store paper_figures/results -y 'seeds: $(SEEDS)' || failed=1; done; exit $$failed
 
 # One thread a process: two that share two cores and spin while they wait are several times slower than one.
 test test-slow: export OMP_NUM_THREADS = 1
