@@ -129,7 +129,7 @@ def score(
     samples = magnetic_tiles() if samples is None else samples
     return scores(score_counts(predictions, fold, partition, protocol, samples), samples.classes) | dict(auroc_image=None, alarm_at_95=None)
 
-# %% ../nbs/09_benchmark.ipynb #09-benchmark-033
+# %% ../nbs/09_benchmark.ipynb #09-benchmark-031
 def main(arguments: list[str] | None = None) -> int:
     "The command `dli-score`; returns its exit code."
     parser = argparse.ArgumentParser("dli-score", description="Score predicted index masks of the Magnetic Tiles (0 none, 1 Blowhole, 2 Break, 3 Crack, 4 Fray, 5 Uneven).")

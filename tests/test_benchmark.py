@@ -12,6 +12,7 @@ from PIL import Image
 
 from dli.benchmark import BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts
 from dli.data import Samples, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles
+from dli.metrics import summarize
 
 CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 TILES = synthetic_tiles(n=120, size=32)
@@ -96,6 +97,19 @@ def test_score_equals_counting_by_hand(tmp_path_factory, seed, wrong):
     largest = np.stack([(masks[part.clean] == k).sum((1, 2)) for k in range(1, 6)]).max(0)
     assert result["clean_alarm"] == pytest.approx((largest >= 0.0002 * 32 * 32).mean())
     assert result["auroc_image"] is None and result["alarm_at_95"] is None
+
+
+def test_all_folds_are_scored_as_the_pool_of_their_counts(tmp_path):
+    folder = write(tmp_path / "m", np.roll(TILES.masks, 1, axis=2), TILES.table["name"])
+    pooled = summarize([score_counts(folder, fold, samples=TILES) for fold in range(5)], CLASSES)["pooled"]
+    whole = score(folder, samples=TILES)
+    assert 0 < whole["iou_macro"] < 1 and all(whole[name] == pytest.approx(pooled[name]) for name in whole if whole[name] is not None)
+
+
+def test_empty_masks_find_nothing(tmp_path):
+    folder = write(tmp_path / "m", np.zeros_like(TILES.masks), TILES.table["name"])
+    result = score(folder, samples=TILES)
+    assert all(result[f"iou_{c}"] == 0 for c in ("macro", "micro", *CLASSES)) and result["clean_alarm"] == 0
 
 
 def test_masks_of_the_photographs_own_size(tmp_path):
