@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'Encoder', 'network', 'count_parameters', 'truncate', 'read_weights', 'package_weights',
-           'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'PassOn',
-           'end_at_half_size', 'SubPixel', 'find_weights', 'lightweight_unet']
+           'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'SubPixel',
+           'end_at_half_size', 'find_weights', 'lightweight_unet']
 
 # %% ../nbs/04_models.ipynb #04-models-002
 import pickle
@@ -150,20 +150,6 @@ def make_grey(
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
             module.weight, module.in_channels = nn.Parameter(module.weight.detach().sum(1, keepdim=True)), 1
-
-# %% ../nbs/04_models.ipynb #04-models-035
-class PassOn(nn.Module):
-    "Stands where a decoder stage was, and hands on what it is given."
-    def forward(self, x: torch.Tensor, *_, **__) -> torch.Tensor: return x
-
-# %% ../nbs/04_models.ipynb #04-models-036
-def end_at_half_size(
-    model: smp.Unet,  # with a decoder of three stages; altered
-) -> None:
-    "Replace the decoder's last stage and the head by a sub-pixel head, for images of even height and width."
-    features, classes = model.decoder.blocks[-2].conv2[0].out_channels, model.segmentation_head[0].out_channels
-    model.decoder.blocks[-1] = PassOn()
-    model.segmentation_head = nn.Sequential(nn.Conv2d(features, 4 * classes, 3, padding=1), nn.PixelShuffle(2))
 
 # %% ../nbs/04_models.ipynb #04-models-038
 class SubPixel(nn.Module):

@@ -6,11 +6,12 @@
 __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'Method',
            'Preset', 'RunConfig', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled', 'clean_share_after_dli',
            'balanced_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips', 'default_device',
-           'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients', 'predict',
-           'evaluate', 'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate', 'loss_of_batch',
-           'evaluation_steps', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole',
-           'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore',
-           'resume', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images', 'plot_predictions',
+           'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients',
+           'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate',
+           'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate', 'loss_of_batch', 'evaluation_steps',
+           'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole', 'run_tensors',
+           'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume',
+           'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images', 'plot_predictions',
            'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
            'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model',
            'notebook_config']
@@ -34,6 +35,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import nn
@@ -94,7 +96,7 @@ PRESETS = {
 }
 
 # %% ../nbs/06_training.ipynb #06-training-012
-RECIPE = 2  # raised whenever a result could change; rows of different recipes are never mixed
+RECIPE = 3  # raised whenever a result could change; rows of different recipes are never mixed
 
 # %% ../nbs/06_training.ipynb #06-training-013
 def _one_of(name, value, choices):
@@ -320,6 +322,67 @@ def float32_depthwise_gradients(model: nn.Module) -> nn.Module:
     return model
 
 # %% ../nbs/06_training.ipynb #06-training-056
+def fold_taps(weight: torch.Tensor, # (O, I, 3, 3) or, after the rows, (O, I, 2, 3)
+              axis: int,            # of the three taps
+              ):
+    "The two taps left for even and for odd outputs."
+    first, middle, last = weight.unbind(axis)
+    return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
+
+def fold_kernel(weight: torch.Tensor, # (O, I, 3, 3), for the enlarged image
+                ) -> torch.Tensor:    # (4 O, I, 2, 2), for the image: even rows and columns, even and odd, odd and even, odd
+    "What a kernel becomes when each pixel stands for four."
+    return torch.cat([kernel for rows in fold_taps(weight, 2) for kernel in fold_taps(rows, 3)])
+
+# %% ../nbs/06_training.ipynb #06-training-059
+def quarters(large: torch.Tensor, # (B, O, 2 H, 2 W)
+             small: torch.Tensor, # (B, 4 O, H + 1, W + 1)
+             ):                   # pairs of views (B, O, H, W)
+    "For even and odd rows and columns: the pixels of `large`, and where `small` has them."
+    height, width = large.shape[2] // 2, large.shape[3] // 2
+    for (row, column), part in zip(itertools.product((0, 1), repeat=2), small.chunk(4, 1)):
+        yield large[:, :, row::2, column::2], part[:, :, row:row + height, column:column + width]
+
+class Interleave(torch.autograd.Function):
+    "(B, 4 O, H + 1, W + 1) -> (B, O, 2 H, 2 W), in the memory format of the input."
+    @staticmethod
+    def forward(ctx, small):
+        ctx.shape, ctx.format = small.shape, torch.channels_last if small.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        batch, channels, height, width = small.shape
+        large = torch.empty(batch, channels // 4, 2 * height - 2, 2 * width - 2, dtype=small.dtype, device=small.device, memory_format=ctx.format)
+        for pixels, part in quarters(large, small): pixels.copy_(part)
+        return large
+
+    @staticmethod
+    def backward(ctx, gradient):
+        small = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.format).zero_()
+        for pixels, part in quarters(gradient, small): part.copy_(pixels)
+        return small
+
+# %% ../nbs/06_training.ipynb #06-training-061
+class FoldedBlock(nn.Module):
+    "Stands in for smp's `UnetDecoderBlock` without attention, under the same names in the state dictionary; it doubles height and width."
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.conv1, self.conv2 = block.conv1, block.conv2
+
+    def forward(self, features: torch.Tensor, height: int, width: int, skip_connection: torch.Tensor | None = None) -> torch.Tensor:
+        "(B, C, H, W) -> (B, C', 2 H, 2 W). Raises ValueError for another size."
+        if (height, width) != (2 * features.shape[2], 2 * features.shape[3]):
+            raise ValueError(f"expected images whose height and width are multiples of 8, got features {tuple(features.shape[2:])} for {height}x{width}")
+        conv, *rest = self.conv1
+        weight, skip_weight = conv.weight.split([features.shape[1], conv.in_channels - features.shape[1]], 1)
+        x = Interleave.apply(F.conv2d(features, fold_kernel(weight), padding=1))
+        if skip_connection is not None: x = x + F.conv2d(skip_connection, skip_weight, padding=1)
+        return self.conv2(nn.Sequential(*rest)(x))
+
+def fold_decoder(model: nn.Module) -> nn.Module:
+    "Replace the stages of an smp U-Net's decoder by `FoldedBlock`; the model is altered and returned."
+    for i, block in enumerate(model.decoder.blocks):
+        if isinstance(block, UnetDecoderBlock): model.decoder.blocks[i] = FoldedBlock(block)
+    return model
+
+# %% ../nbs/06_training.ipynb #06-training-064
 def predict(model: nn.Module,      # logits (B, K, H, W) from normalised images
             images: torch.Tensor,  # uint8 (B, C, H, W), on the model's device
             dtype: torch.dtype = torch.float32, # the format the network computes in
@@ -340,7 +403,7 @@ def evaluate(model: nn.Module,     # logits (B, K, H, W) from normalised images
         parts.append(counts_table(samples.table.iloc[start:start + 32], count_batch(predict(model, images, dtype), masks), samples.classes))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/06_training.ipynb #06-training-059
+# %% ../nbs/06_training.ipynb #06-training-067
 @lru_cache(maxsize=2)
 def _dataset(name, size, threshold): return load_dataset(name, size=size, threshold=threshold)
 
@@ -349,7 +412,7 @@ def run_samples(config: RunConfig):
     samples = _dataset(config.dataset, config.image_size, config.threshold)
     return split_samples(samples, protocol=config.split, seed=config.seed, fraction=config.fraction)
 
-# %% ../nbs/06_training.ipynb #06-training-060
+# %% ../nbs/06_training.ipynb #06-training-068
 def run_loss(config: RunConfig, train: Samples) -> nn.Module:
     "The method's loss, with class counts of the training part where it wants them."
     labels, pixels = train.label, train.masks.reshape(-1)
@@ -363,7 +426,7 @@ def run_injection(config: RunConfig, train: Samples):
     if fixed is None: return None
     return DynamicLabelInjection(DonorPool(train), **fixed | {name: getattr(config, name) for name in INJECTION})
 
-# %% ../nbs/06_training.ipynb #06-training-061
+# %% ../nbs/06_training.ipynb #06-training-069
 def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Module:
     "The network of a run; the decoder's initial weights depend on the seed alone."
     channels = 1 if train.images.ndim == 3 else 3
@@ -372,7 +435,7 @@ def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Mod
         model = lightweight_unet(config.encoder, classes=len(train.classes), weights=config.weights, channels=channels,
                                  decoder_channels=PRESETS[config.preset].decoder)
     if device.type == "cpu" and network_dtype(device) == torch.bfloat16: float32_depthwise_gradients(model)
-    return model.to(device, memory_format=memory_format(config.encoder, device))
+    return fold_decoder(model).to(device, memory_format=memory_format(config.encoder, device))
 
 def rate(config: RunConfig, step: int) -> float:
     "Adam's rate at a step (counted from 0): linear warm-up, then a cosine to zero (Sec. 4.2)."
@@ -380,20 +443,20 @@ def rate(config: RunConfig, step: int) -> float:
     if step < warmup: return config.lr * (step + 1) / (warmup + 1)
     return config.lr * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
-# %% ../nbs/06_training.ipynb #06-training-065
+# %% ../nbs/06_training.ipynb #06-training-073
 def loss_of_batch(model: nn.Module, loss: nn.Module, images: torch.Tensor, masks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "The scalar training loss of a batch of grey-level images."
     images = normalise(images)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32): logits = model(images)
     return loss(logits.float(), masks)
 
-# %% ../nbs/06_training.ipynb #06-training-067
+# %% ../nbs/06_training.ipynb #06-training-075
 def evaluation_steps(config: RunConfig) -> set[int]:
     "After which steps (counted from 1) the validation images are scored: evenly spread, the last included."
     n = min(PRESETS[config.preset].evaluations, config.steps)
     return {round(config.steps * (i + 1) / n) for i in range(n)}
 
-# %% ../nbs/06_training.ipynb #06-training-069
+# %% ../nbs/06_training.ipynb #06-training-077
 def train_step(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor, dtype: torch.dtype) -> float:
     "One optimiser step on a batch of grey-level images; the loss before it. Raises FloatingPointError when that is not finite."
     model.train()
@@ -404,7 +467,7 @@ def train_step(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimiz
     optimizer.step()
     return value.item()
 
-# %% ../nbs/06_training.ipynb #06-training-072
+# %% ../nbs/06_training.ipynb #06-training-080
 def batches(config: RunConfig,
             train: Samples,                       # the training part
             inject: DynamicLabelInjection | None, # what balances a batch
@@ -418,7 +481,7 @@ def batches(config: RunConfig,
         if inject is not None: images, masks = inject(images, masks, generator=chance(config.seed, "injections", step))
         yield random_flips(images, masks, chance(config.seed, "flips", step))
 
-# %% ../nbs/06_training.ipynb #06-training-078
+# %% ../nbs/06_training.ipynb #06-training-086
 @dataclass
 class Fit:
     "A training run under way, and what it leaves behind."
@@ -441,7 +504,7 @@ def begin(config: RunConfig, train: Samples) -> Fit:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, PRESETS[config.preset].beta2), fused=True)
     return Fit(config, model, optimizer, run_injection(config, train), network_dtype(device))
 
-# %% ../nbs/06_training.ipynb #06-training-079
+# %% ../nbs/06_training.ipynb #06-training-087
 @contextmanager
 def timed(seconds: dict, what: str):
     "Add the time spent in the `with` block to `seconds[what]`."
@@ -449,7 +512,7 @@ def timed(seconds: dict, what: str):
     yield
     seconds[what] += time.perf_counter() - began
 
-# %% ../nbs/06_training.ipynb #06-training-080
+# %% ../nbs/06_training.ipynb #06-training-088
 def advance(done: Fit, loss: nn.Module, images: torch.Tensor, masks: torch.Tensor):
     "Take the next step of a run on a batch."
     for group in done.optimizer.param_groups: group["lr"] = rate(done.config, done.step)
@@ -462,7 +525,7 @@ def score(done: Fit, val: Samples):
     done.curve.append(dict(step=done.step, seconds=done.seconds["total"], rate=rate(done.config, done.step - 1), loss=float(np.mean(done.losses)), **scores(done.counts, val.classes)))
     done.losses = []
 
-# %% ../nbs/06_training.ipynb #06-training-083
+# %% ../nbs/06_training.ipynb #06-training-091
 def write_whole(path: Path,     # what to write
                 content: bytes, # all of it
                 ):
@@ -478,7 +541,7 @@ def write_whole(path: Path,     # what to write
         raise OSError(e.errno, f"{e.strerror}: what was there before is untouched; make room, then call run again to continue", str(path)) from e
     os.replace(temporary, path)
 
-# %% ../nbs/06_training.ipynb #06-training-084
+# %% ../nbs/06_training.ipynb #06-training-092
 def run_tensors(done: Fit) -> dict[str, torch.Tensor]:
     "The network (`model.*`) and Adam's moments (`adam.*`) by name."
     moments = {f"adam.{name}.{k}": v for name, p in done.model.named_parameters() for k, v in done.optimizer.state.get(p, {}).items()}
@@ -489,7 +552,7 @@ def check_finite(done: Fit):
     for name, tensor in run_tensors(done).items():
         if not torch.isfinite(tensor).all(): raise FloatingPointError(f"{name} is not finite")
 
-# %% ../nbs/06_training.ipynb #06-training-086
+# %% ../nbs/06_training.ipynb #06-training-094
 def versions() -> dict:
     "Versions of Python and of the packages that numbers depend on."
     names = ["dli", "torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "scipy", "opencv-python-headless"]
@@ -500,7 +563,7 @@ def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/06_training.ipynb #06-training-087
+# %% ../nbs/06_training.ipynb #06-training-095
 CHECKPOINT_SECONDS = 60  # between checkpoints; there is one at each evaluation, too
 CHECKPOINTS = "checkpoint-0.safetensors", "checkpoint-1.safetensors"  # written in turn, so that the last good one is never overwritten
 
@@ -517,7 +580,7 @@ def save_checkpoint(done: Fit, folder: Path):
     content = save({k: v.contiguous() for k, v in run_tensors(done).items()}, metadata=dict(run=json.dumps(notes)))
     write_whole(folder / CHECKPOINTS[done.saves % 2], content)
 
-# %% ../nbs/06_training.ipynb #06-training-088
+# %% ../nbs/06_training.ipynb #06-training-096
 def read_checkpoint(path: Path, # of a checkpoint
                     done: Fit,  # the run that it should belong to
                     ):          # notes, tensors by name
@@ -531,7 +594,7 @@ def read_checkpoint(path: Path, # of a checkpoint
     if differ: raise ValueError(f"{path} is of another run or version: {'; '.join(differ)}")
     return notes, tensors
 
-# %% ../nbs/06_training.ipynb #06-training-090
+# %% ../nbs/06_training.ipynb #06-training-098
 def restore(done: Fit, notes: dict, tensors: dict[str, torch.Tensor]):
     "Put a checkpoint's content in the place of a run's own."
     done.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -542,7 +605,7 @@ def restore(done: Fit, notes: dict, tensors: dict[str, torch.Tensor]):
     if notes["counts"] is not None: done.counts = pd.DataFrame(notes["counts"])
     if done.inject is not None: done.inject.stats = type(done.inject.stats)(**notes["injected"])
 
-# %% ../nbs/06_training.ipynb #06-training-091
+# %% ../nbs/06_training.ipynb #06-training-099
 def resume(done: Fit,    # a run before its first step; altered
            folder: Path, # where its checkpoints are, if there are any
            ):
@@ -556,7 +619,7 @@ def resume(done: Fit,    # a run before its first step; altered
     for problem in bad: warnings.warn(f"{problem}: continuing from the other checkpoint")
     if good: restore(done, *max(good, key=lambda checkpoint: checkpoint[0]["step"]))
 
-# %% ../nbs/06_training.ipynb #06-training-097
+# %% ../nbs/06_training.ipynb #06-training-105
 @contextmanager
 def explained(done: Fit, folder: Path | None):
     "Name the run and the step at which an exception stopped it, and pass it on."
@@ -566,7 +629,7 @@ def explained(done: Fit, folder: Path | None):
     except FloatingPointError as e: raise FloatingPointError(f"{e} {where()} (rate {rate(done.config, done.step):.2g}): lower lr") from None
     except KeyboardInterrupt: raise KeyboardInterrupt(f"stopped {where()}{again}") from None
 
-# %% ../nbs/06_training.ipynb #06-training-098
+# %% ../nbs/06_training.ipynb #06-training-106
 def keep(done: Fit, folder: Path):
     "Leave the curve so far and a checkpoint in the folder."
     with timed(done.seconds, "checkpoints"):
@@ -579,7 +642,7 @@ def show_progress(bar: tqdm, done: Fit):
     bar.set_postfix(loss=f"{last['loss']:.3f}", iou="-" if last["iou_macro"] is None else f"{last['iou_macro']:.3f}")
     if not bar.disable: bar.write(f"{done.config.method} step {done.step}/{done.config.steps}: {bar.postfix}, {last['seconds']:.0f} s")
 
-# %% ../nbs/06_training.ipynb #06-training-099
+# %% ../nbs/06_training.ipynb #06-training-107
 def fit(config: RunConfig,
         train: Samples,
         val: Samples,
@@ -604,7 +667,7 @@ def fit(config: RunConfig,
             saved = time.perf_counter()
     return done
 
-# %% ../nbs/06_training.ipynb #06-training-109
+# %% ../nbs/06_training.ipynb #06-training-117
 def plot_curve(curve: pd.DataFrame, classes: tuple[str, ...]):
     "Training loss, and validation IoU per class with its mean in black, over the steps. Returns the figure."
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
@@ -614,7 +677,7 @@ def plot_curve(curve: pd.DataFrame, classes: tuple[str, ...]):
     right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1)); right.legend(fontsize=8, ncol=2)
     return figure
 
-# %% ../nbs/06_training.ipynb #06-training-111
+# %% ../nbs/06_training.ipynb #06-training-119
 def median_images(counts: pd.DataFrame, classes: tuple[str, ...]) -> list[int]:
     "For every class that occurs, the row of `counts` whose IoU of that class is the (lower) median over the class's images."
     chosen = []
@@ -625,7 +688,7 @@ def median_images(counts: pd.DataFrame, classes: tuple[str, ...]) -> list[int]:
         chosen.append(iou.sort_values(kind="stable").index[(len(rows) - 1) // 2])
     return chosen
 
-# %% ../nbs/06_training.ipynb #06-training-112
+# %% ../nbs/06_training.ipynb #06-training-120
 def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, dtype: torch.dtype = torch.float32):
     "The median image of every class and the first clean one: photograph with the true outline, predicted regions, both in class colours. Returns the figure."
     index = median_images(counts, samples.classes) + list(np.flatnonzero(samples.clean)[:1])
@@ -643,7 +706,7 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below", title_fontsize=7)
     return figure
 
-# %% ../nbs/06_training.ipynb #06-training-114
+# %% ../nbs/06_training.ipynb #06-training-122
 def save_pictures(done: Fit, val: Samples, folder: Path):
     "Draw `curve.png` and `predictions.png` into the folder."
     curve, predictions = plot_curve(pd.DataFrame(done.curve), val.classes), plot_predictions(done.model, val, done.counts, done.dtype)
@@ -651,7 +714,7 @@ def save_pictures(done: Fit, val: Samples, folder: Path):
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
 
-# %% ../nbs/06_training.ipynb #06-training-116
+# %% ../nbs/06_training.ipynb #06-training-124
 def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.float32) -> np.ndarray: # uint8 (N, K, H, W / 8)
     "Predicted regions (probability 0.5), eight pixels a byte; `np.unpackbits(regions, axis=-1)` gives them back."
     device, parts = next(model.parameters()).device, []
@@ -660,7 +723,7 @@ def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.
         parts.append(np.packbits((logits.sigmoid() >= 0.5).cpu().numpy(), axis=-1))
     return np.concatenate(parts)
 
-# %% ../nbs/06_training.ipynb #06-training-119
+# %% ../nbs/06_training.ipynb #06-training-127
 def clean_patches(train: Samples, seed: int) -> Samples:
     "The defects' outlines, each over a random clean training image: donors cut from these have the shape of a defect and nothing in it."
     clean = train.images[train.clean]
@@ -675,7 +738,7 @@ def with_patches(train: Samples, val: Samples, seed: int, p_poisson: float) -> S
     images, _ = inject(images, torch.zeros_like(masks), generator=chance(seed, "patches", 1))
     return replace(clean, images=(images[:, 0] if clean.images.ndim == 3 else images.permute(0, 2, 3, 1)).numpy())
 
-# %% ../nbs/06_training.ipynb #06-training-122
+# %% ../nbs/06_training.ipynb #06-training-130
 def alarms_at_seams(done: Fit, train: Samples, val: Samples) -> dict[str, float | None]:
     "Share of the clean validation images alarmed once a clean patch is cut-pasted, and blended by Poisson, into each; None without clean images."
     alarms = {}
@@ -684,7 +747,7 @@ def alarms_at_seams(done: Fit, train: Samples, val: Samples) -> dict[str, float 
         alarms[f"seam_alarm_{blend}"] = scores(counts, val.classes)["clean_alarm"]
     return alarms
 
-# %% ../nbs/06_training.ipynb #06-training-125
+# %% ../nbs/06_training.ipynb #06-training-133
 def project_root() -> Path:
     "The nearest folder at or above the current one that holds this project's settings.ini, else the current one."
     here = Path.cwd()
@@ -697,7 +760,7 @@ def run_folder(config: RunConfig) -> Path:
     "Where a run's files go: `config.out` below the project's root (or the current folder), then the run's name."
     return project_root() / config.out / run_name(config)
 
-# %% ../nbs/06_training.ipynb #06-training-127
+# %% ../nbs/06_training.ipynb #06-training-135
 def code_commit() -> str | None:
     "Commit of this project's checkout, with `+changes` where tracked files differ from it; None when there is no checkout."
     root = Path(dli.__file__).resolve().parent.parent
@@ -707,7 +770,7 @@ def code_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.TimeoutExpired): return None
 
-# %% ../nbs/06_training.ipynb #06-training-129
+# %% ../nbs/06_training.ipynb #06-training-137
 def make_row(config: RunConfig, done: Fit, train: Samples, val: Samples) -> dict:
     "The row of a finished run: flat, JSON-ready, `None` where a figure is undefined."
     preset, fitted = PRESETS[config.preset], evaluate(done.model, train[~train.clean], done.dtype)
@@ -722,7 +785,7 @@ def make_row(config: RunConfig, done: Fit, train: Samples, val: Samples) -> dict
         **{f"seconds_{k}": round(v, 2) for k, v in done.seconds.items()}, threads=torch.get_num_threads(), device=str(default_device()),
         dtype=str(done.dtype).removeprefix("torch."), versions=versions(), commit=code_commit(), finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-# %% ../nbs/06_training.ipynb #06-training-131
+# %% ../nbs/06_training.ipynb #06-training-139
 @contextmanager
 def locked(folder: Path):
     "Hold the folder for this process. Raises RuntimeError while another one does."
@@ -731,7 +794,7 @@ def locked(folder: Path):
     except Timeout: raise RuntimeError(f"{folder}: another process is training this very run: wait for it, or end it") from None
     with held: yield
 
-# %% ../nbs/06_training.ipynb #06-training-133
+# %% ../nbs/06_training.ipynb #06-training-141
 def as_npz(**arrays: np.ndarray) -> bytes:
     "Arrays as the content of a compressed npz file."
     file = io.BytesIO()
@@ -754,7 +817,7 @@ def read_row(folder: Path) -> dict:
     try: return json.loads((folder / "row.json").read_text())
     except ValueError as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
 
-# %% ../nbs/06_training.ipynb #06-training-134
+# %% ../nbs/06_training.ipynb #06-training-142
 def run(config: RunConfig,      # what to do
         progress: bool = True,  # show a bar
         ) -> dict:              # the row
@@ -767,7 +830,7 @@ def run(config: RunConfig,      # what to do
     for name in (*CHECKPOINTS, "lock"): (folder / name).unlink(missing_ok=True)
     return row
 
-# %% ../nbs/06_training.ipynb #06-training-138
+# %% ../nbs/06_training.ipynb #06-training-146
 def load_model(config: RunConfig, train: Samples) -> nn.Module:
     "The trained network of a finished run, on the CPU or GPU. Raises FileNotFoundError before the run is finished."
     path = run_folder(config) / "model.safetensors"
@@ -776,7 +839,7 @@ def load_model(config: RunConfig, train: Samples) -> nn.Module:
     model.load_state_dict(load_file(path))
     return model
 
-# %% ../nbs/06_training.ipynb #06-training-141
+# %% ../nbs/06_training.ipynb #06-training-149
 def notebook_config(namespace: dict) -> RunConfig:
     "The `RunConfig` of a notebook's parameters. Raises ValueError for a name that is not a parameter, listing those that are."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
