@@ -11,7 +11,8 @@ __all__ = ['TOLERANCE', 'MOST_CYCLES', 'NO_SOLUTION', 'DEGREE', 'WEIGHT', 'VALUE
            'weigh_level', 'weigh_levels', 'cycle_levels', 'multigrid', 'solve_channel', 'find_box', 'load_known',
            'load_right_side', 'add_stronger_steps', 'widen_range', 'store_sum', 'solve_window', 'blend_window',
            'value_range', 'widen_boxes', 'blend_bucket', 'round_up', 'blend_tensors', 'fill_up', 'poisson_patches',
-           'check_poisson', 'bounding_box', 'poisson_blend', 'grow_mask', 'solve_sine', 'poisson_blend_image']
+           'check_poisson', 'bounding_box', 'copy_batch', 'poisson_blend', 'grow_mask', 'solve_sine',
+           'poisson_blend_image']
 
 # %% ../nbs/01_blending.ipynb #01-blending-003
 from collections import defaultdict
@@ -732,6 +733,15 @@ def bounding_box(
     top, bottom, left, right = find_box(mask)
     return tuple(slice(max(a - room, 0), min(b + room, n)) for a, b, n in zip((top, left), (bottom, right), mask.shape))
 
+# %% ../nbs/01_blending.ipynb #01-blending-131c
+def copy_batch(
+    x: torch.Tensor,  # of any shape and type, on any device
+) -> torch.Tensor:  # new, equal to x, detached
+    "`x.clone()`, in large memory pages where the system has them."
+    x = x.detach()
+    if x.device.type != "cpu" or not x.is_contiguous() or not x.numel(): return x.clone()
+    return torch.from_numpy(np.empty(x.nbytes, np.uint8)).view(x.dtype).view(x.shape).copy_(x)
+
 # %% ../nbs/01_blending.ipynb #01-blending-132
 def poisson_blend(
     dst: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64, the target; any device
@@ -745,7 +755,7 @@ def poisson_blend(
     Floats are clamped to 0..1, or to the images' own range where that is wider; uint8 is rounded. Raises ValueError when shapes, types or
     devices do not fit, RuntimeError for images with NaN or infinite values in the region."""
     check_poisson(dst, src, mask)
-    out = dst.detach().clone()
+    out = copy_batch(dst)
     if dst.device.type == "cpu": boxes = [...] * len(dst)
     else: boxes = [(..., *bounding_box(m)) for m in mask.cpu().numpy()]
     poisson_patches(*([x[box] for x, box in zip(batch, boxes)] for batch in (out, src, mask)), mix_gradients)
@@ -777,7 +787,7 @@ def poisson_blend_image(
 ) -> torch.Tensor:  # new, like dst; pixels outside the mask change too, but for the image's border
     "The authors' seamless cloning, on the CPU. Clamped and rounded like `poisson_blend`; raises ValueError as that does."
     check_poisson(dst, src, mask)
-    out = dst.detach().clone()
+    out = copy_batch(dst)
     for i, region in enumerate(mask.cpu()):
         if min(region.shape) < 3: continue
         target, source = (x[i].detach().cpu().to(torch.float64, copy=True) for x in (dst, src))

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from numba import njit
 
-from .blending import POISSON_DTYPES, bounding_box, cut_paste, poisson_blend_image, poisson_patches
+from .blending import POISSON_DTYPES, bounding_box, copy_batch, cut_paste, poisson_blend_image, poisson_patches
 from .data import Samples, draw_contours
 
 # %% ../nbs/02_injection.ipynb #02-injection-009
@@ -712,7 +712,7 @@ class DynamicLabelInjection(InjectionChoices):
         check_batch(images, masks, self.pool.channels)
         check_plan(plan, self.pool, len(images))
         placements = place_donors(self.pool, plan, images)
-        images, masks = images.clone(), masks.clone()
+        images, masks = copy_batch(images), copy_batch(masks)
         blend_all(images, placements, self.mix_gradients, self.region == "image")
         for p in placements: write_label(masks, p, self.grow_label)
         return images, masks

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 
-from dli.blending import blend_tensors, cut_paste, grow_mask, poisson_blend, poisson_blend_image
+from dli.blending import blend_tensors, copy_batch, cut_paste, grow_mask, poisson_blend, poisson_blend_image
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 properties = settings(deadline=None, max_examples=60)
@@ -280,6 +280,16 @@ def test_mixed_gradients_do_not_hang_on_rounding(case, step):
     dst, src = ((x * 10).byte() * (10 * step) for x in case[:2])
     real = poisson_blend(dst / 255, src / 255, case[2], True) * 255
     assert (poisson_blend(dst, src, case[2], True) - real).abs().max() <= 0.5 + 0.1
+
+
+@pytest.mark.parametrize("x", (
+    torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5).bfloat16(), torch.zeros(0, 1, 4, 4), torch.zeros(3, 5, 5, dtype=torch.int64),
+    torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(2, 2, dtype=torch.bool), torch.rand(3, 1, 2, 2, requires_grad=True),
+    torch.rand(8, 8)[:, ::2]), ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}")
+def test_copy_batch_is_clone(x):
+    copy = copy_batch(x)
+    assert torch.equal(copy, x) and copy.dtype == x.dtype and copy.stride() == x.clone().stride()
+    assert not copy.requires_grad and (not x.numel() or copy.data_ptr() != x.data_ptr())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
