@@ -37,7 +37,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Patch
 
-from .data import FREE, Samples, dataset_table, draw_contours, load_dataset
+from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, load_dataset
 from .injection import DonorPool, DynamicLabelInjection, InjectionPlan, class_presence, draw_plan
 from .metrics import Comparison, compare, scores
 from .models import ENCODERS
@@ -988,7 +988,7 @@ def study_runs(
     names: Sequence[str],  # studies: keys of `STUDIES`
     preset: str,  # a key of `PRESETS`
     encoders: Sequence[str],  # keys of `ENCODERS`
-    seeds: Sequence[int],  # decide which rows are required
+    seeds: Sequence[int],  # decide which rows are required; none: the folds of which every row is there, all five where there is no such fold
     dataset: str = "auto",  # as in `RunConfig`
     store: str = "runs",  # folder of run folders, read beside the committed one; what is missing is trained there
     run_missing: bool = False,  # train what is missing; otherwise it is an error
@@ -996,6 +996,8 @@ def study_runs(
 ) -> pd.DataFrame:  # of `load_runs`: the rows of these studies, and no others
     "The rows that a notebook draws. Raises RuntimeError listing the rows that are missing."
     own = lambda configs: [replace(c, dataset=dataset, out=store) for c in configs]
+    whole = lambda seed: run_missing or not missing(own(study_configs(names, preset, encoders, [seed])))
+    seeds = list(seeds) or list(filter(whole, range(FOLDS))) or list(range(FOLDS))
     wanted, extra = own(study_configs(names, preset, encoders, seeds)), own(unlisted_configs(preset, encoders, seeds))
     command = f"dli-study {' '.join(names)} --preset {preset} --encoders {' '.join(encoders)} --seeds {' '.join(map(str, seeds))} --dataset {dataset} --out {store}"
     if (lost := missing(wanted)) and not run_missing: raise RuntimeError(missing_text(lost, command))

@@ -241,6 +241,13 @@ def test_missing_rows_are_listed(tmp_path):
     invent(tmp_path, method="dli", seed=1)
     runs = study_runs(["table2"], "smoke", ["efficientnet_lite0"], [0], dataset="synthetic", store=str(tmp_path))
     assert sorted(runs["method"]) == ["dli", "dli-cutpaste", "dli-poisson"] and set(runs["seed"]) == {0}
+    whole = study_runs(["table2"], "smoke", ["efficientnet_lite0"], [], dataset="synthetic", store=str(tmp_path))
+    assert whole["key"].tolist() == runs["key"].tolist()
+
+
+def test_without_a_whole_fold_all_rows_are_asked_for(tmp_path):
+    invent(tmp_path, method="dli")
+    with pytest.raises(RuntimeError, match="14 rows are missing"): study_runs(["table2"], "smoke", ["efficientnet_lite0"], [], dataset="synthetic", store=str(tmp_path))
 
 
 def test_notebook_parameters_are_checked():
