@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/benchmarks.ipynb"
-SMALL = dict(dataset="synthetic", size=64, largest=128, per_class=2, rivals_per_class=1, batch=16, repeats=2)
+SMALL = dict(dataset="synthetic", size=64, largest=128, per_class=2, rivals_per_class=1, batch=16, repeats=2, train_batch=4, train_repeats=1, epoch_images=16, epoch_repeats=1,
+             side_repeats=1, window=0.5, format_steps=5, format_seeds=2)
 
 
 def papermill(cwd, **parameters):
@@ -27,10 +28,12 @@ def test_every_measure_has_its_line_and_its_files(tmp_path):
     assert done.returncode == 0, done.stderr
     found = measures(tmp_path / "kept")
     for start in ("largest error", "mean error", "times faster than seamlessClone, RGB", "the same, the worst class", "times faster than seamlessClone, grey",
-                  "times faster than fpie", "times faster than pie-torch", "a whole call on a batch of 16, 12 injections", "cost grows", "peak extra memory"):
+                  "times faster than fpie", "times faster than pie-torch", "a whole call on a batch of 16, 12 injections", "cost grows", "peak extra memory",
+                  "a step, resnet18", "an epoch, mobileone_s1", "two processes, quick preset, efficientnet_lite0", "share of a run's time, evaluations"):
         assert found.index.str.startswith(start).any(), f"no line for: {start}"
     assert found.notna().all()
     names = {"error", "opencv_fates", "opencv_milliseconds", "opencv", "rivals", "whole_call", "size", "memory", "parts", "summary"}
+    names |= {f"training_{name}" for name in ("step", "gain", "epoch", "side_by_side", "shares", "limit", "memory", "tried", "formats")}
     assert names <= {p.stem for p in (tmp_path / "kept").glob("*.csv")}
     assert {"error", "opencv", "rivals", "whole_call", "size", "memory", "parts"} <= {p.stem for p in (tmp_path / "kept").glob("*.png")}
     assert "synthetic, 64x64, 2 injections of each class, medians of 2" in (tmp_path / "kept/machine.txt").read_text()

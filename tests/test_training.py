@@ -1,4 +1,5 @@
 """Training: every method trains and leaves a row that can be recomputed; configs are checked; seeds repeat; killed runs end as if they had not been."""
+import copy
 import itertools
 import json
 import multiprocessing
@@ -16,10 +17,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
 from dli import training
 from dli.metrics import scores
-from dli.training import CHECKPOINTS, METHODS, PRESETS, RunConfig, fit, load_model, notebook_config, rate, run, run_folder, run_key, run_samples
+from dli.training import CHECKPOINTS, METHODS, PRESETS, FoldedBlock, RunConfig, fit, load_model, notebook_config, rate, run, run_folder, run_key, run_samples
 
 
 def config(**kwargs):
@@ -396,3 +398,27 @@ def test_no_global_generator_is_used(tmp_path):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     run(config(out=str(tmp_path)), progress=False)
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5), st.sampled_from((0, 3)), st.sampled_from((torch.contiguous_format, torch.channels_last)), st.integers(0, 2**31))
+def test_a_folded_block_is_the_block(batch, height, width, skipped, layout, seed):
+    "Output and every gradient, with and without a skip connection, of any size."
+    torch.manual_seed(seed)
+    block = UnetDecoderBlock(4, skipped, 5).double().eval()
+    folded = FoldedBlock(copy.deepcopy(block)).eval()
+    found = []
+    for b in (block, folded):
+        torch.manual_seed(seed)
+        x = torch.randn(batch, 4, height, width, dtype=torch.double).contiguous(memory_format=layout).requires_grad_()
+        skip = torch.randn(batch, skipped, 2 * height, 2 * width, dtype=torch.double).contiguous(memory_format=layout).requires_grad_() if skipped else None
+        out = b(x, 2 * height, 2 * width, skip)
+        out.square().sum().backward()
+        found.append([out, x.grad, *([skip.grad] if skipped else []), *(p.grad for p in b.parameters())])
+    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b)
+    assert block.state_dict().keys() == folded.state_dict().keys()
+
+
+def test_a_folded_block_refuses_other_sizes():
+    block = FoldedBlock(UnetDecoderBlock(4, 0, 5))
+    with pytest.raises(ValueError, match="expected images whose height and width are multiples of 8, got features .3, 4. for 7x8"): block(torch.rand(1, 4, 3, 4), 7, 8)
