@@ -29,11 +29,11 @@ def test_every_measure_has_its_line_and_its_files(tmp_path):
     found = measures(tmp_path / "kept")
     for start in ("largest error", "mean error", "times faster than seamlessClone, RGB", "the same, the worst class", "times faster than seamlessClone, grey",
                   "times faster than fpie", "times faster than pie-torch", "a whole call on a batch of 16, 12 injections", "cost grows", "peak extra memory",
-                  "a step, resnet18", "an epoch, mobileone_s1", "two processes, quick preset, efficientnet_lite0", "share of a run's time, evaluations"):
+                  "a step, resnet18", "an epoch, mobileone_s1", "two processes, quick preset, efficientnet_lite0"):
         assert found.index.str.startswith(start).any(), f"no line for: {start}"
     assert found.notna().all()
     names = {"error", "opencv_fates", "opencv_milliseconds", "opencv", "rivals", "whole_call", "size", "memory", "parts", "summary"}
-    names |= {f"training_{name}" for name in ("step", "gain", "epoch", "side_by_side", "shares", "limit", "memory", "tried", "formats")}
+    names |= {f"training_{name}" for name in ("step", "gain", "epoch", "side_by_side", "limit", "memory", "tried", "formats")}
     assert names <= {p.stem for p in (tmp_path / "kept").glob("*.csv")}
     assert {"error", "opencv", "rivals", "whole_call", "size", "memory", "parts"} <= {p.stem for p in (tmp_path / "kept").glob("*.png")}
     assert "synthetic, 64x64, 2 injections of each class, medians of 2" in (tmp_path / "kept/machine.txt").read_text()
