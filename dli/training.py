@@ -7,21 +7,21 @@ __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 
            'Preset', 'RunConfig', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled', 'clean_share_after_dli',
            'balanced_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips', 'default_device',
            'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients',
-           'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate',
-           'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate', 'loss_of_batch', 'evaluation_steps',
-           'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole', 'run_tensors',
-           'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume',
-           'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images', 'plot_predictions',
-           'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
-           'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model',
-           'notebook_config']
+           'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock',
+           'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate',
+           'loss_of_batch', 'evaluation_steps', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score',
+           'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint',
+           'restore', 'resume', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images',
+           'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams',
+           'project_root', 'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run',
+           'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
+from timm.layers.split_attn import SplitAttn
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -297,7 +298,10 @@ class DepthwiseFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (x, weight), (stride, padding) = ctx.saved_tensors, ctx.geometry
-        dx, dweight, _ = torch.ops.aten.convolution_backward(gradient.float(), x.float(), weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), [True, True, False])
+        g, x32 = gradient.float(), x.float()
+        if g.shape == x.shape and weight[0].numel() == 1: # a factor for each channel
+            dx, dweight = g * weight.view(-1, 1, 1), (g * x32).sum((0, 2, 3)).view_as(weight)
+        else: dx, dweight, _ = torch.ops.aten.convolution_backward(g, x32, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), [True, True, False])
         return dx.to(x.dtype), dweight, None, None
 
 # %% ../nbs/06_training.ipynb #06-training-051
@@ -319,6 +323,21 @@ def float32_depthwise_gradients(model: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and child.groups == child.in_channels == child.out_channels > 1 and child.bias is None:
                 setattr(parent, name, Depthwise(child))
+    return model
+
+# %% ../nbs/06_training.ipynb #06-training-attention-2
+class SlicedAttention(SplitAttn):
+    "timm's split attention, computed on slices of the channels."
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slices = self.act0(self.drop(self.bn0(self.conv(x)))).chunk(self.radix, 1)
+        attention = self.fc2(self.act1(self.bn1(self.fc1(reduce(torch.add, slices).mean((2, 3), keepdim=True)))))
+        shares = self.rsoftmax(attention).view(len(x), -1, 1, 1).chunk(self.radix, 1)
+        return reduce(torch.add, [s * share for s, share in zip(slices, shares)])
+
+def slice_attention(model: nn.Module) -> nn.Module:
+    "Let the `SplitAttn` modules of a model compute as `SlicedAttention`; the model is altered and returned."
+    for module in model.modules():
+        if type(module) is SplitAttn: module.__class__ = SlicedAttention
     return model
 
 # %% ../nbs/06_training.ipynb #06-training-056
@@ -435,7 +454,7 @@ def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Mod
         model = lightweight_unet(config.encoder, classes=len(train.classes), weights=config.weights, channels=channels,
                                  decoder_channels=PRESETS[config.preset].decoder)
     if device.type == "cpu" and network_dtype(device) == torch.bfloat16: float32_depthwise_gradients(model)
-    return fold_decoder(model).to(device, memory_format=memory_format(config.encoder, device))
+    return fold_decoder(slice_attention(model)).to(device, memory_format=memory_format(config.encoder, device))
 
 def rate(config: RunConfig, step: int) -> float:
     "Adam's rate at a step (counted from 0): linear warm-up, then a cosine to zero (Sec. 4.2)."
