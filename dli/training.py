@@ -43,7 +43,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import dli
-from .data import Samples, load_dataset, show_samples, split_samples
+from .data import Samples, find_magnetic_tiles, load_dataset, show_samples, split_samples
 from .injection import DonorPool, DynamicLabelInjection
 from .losses import make_loss
 from .metrics import count_batch, counts_table, scores
@@ -515,13 +515,14 @@ class Fit:
     counts: pd.DataFrame | None = None        # of the validation images, at the last evaluation
     seconds: dict = field(default_factory=lambda: dict(total=0.0, steps=0.0, evaluations=0.0, checkpoints=0.0)) # spent, interruptions left out
     saves: int = 0                            # checkpoints written
+    source: str = ""                          # of the samples: a run goes on with those it began with
 
 def begin(config: RunConfig, train: Samples) -> Fit:
     "A run before its first step."
     device = default_device()
     model = run_model(config, train, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, PRESETS[config.preset].beta2), fused=True)
-    return Fit(config, model, optimizer, run_injection(config, train), network_dtype(device))
+    return Fit(config, model, optimizer, run_injection(config, train), network_dtype(device), source=train.source)
 
 # %% ../nbs/06_training.ipynb #06-training-087
 @contextmanager
@@ -587,8 +588,8 @@ CHECKPOINT_SECONDS = 60  # between checkpoints; there is one at each evaluation,
 CHECKPOINTS = "checkpoint-0.safetensors", "checkpoint-1.safetensors"  # written in turn, so that the last good one is never overwritten
 
 def made_by(done: Fit) -> dict:
-    "What a checkpoint must agree with to be continued: all of the config that could change the result, versions, number format."
-    return json.loads(json.dumps(run_content(done.config) | versions() | dict(dtype=str(done.dtype))))
+    "What a checkpoint must agree with to be continued: all of the config that could change the result, versions, number format, where the samples are from."
+    return json.loads(json.dumps(run_content(done.config) | versions() | dict(dtype=str(done.dtype), source=done.source)))
 
 def save_checkpoint(done: Fit, folder: Path):
     "Write the older of the two checkpoints anew."
@@ -832,9 +833,12 @@ def complete(config: RunConfig, folder: Path, progress: bool):
     write_whole(folder / "row.json", json.dumps(make_row(config, done, train, val), indent=1).encode())
 
 def read_row(folder: Path) -> dict:
-    "The row of a finished run. Raises ValueError where it is damaged: it is never overwritten."
-    try: return json.loads((folder / "row.json").read_text())
-    except ValueError as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
+    "The row of a finished run. Raises ValueError where it is damaged or another run's: it is never overwritten."
+    path, key = folder / "row.json", folder.name.rpartition("-")[2]
+    try: row = json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f"{path} can't be read ({e}): delete it to train again") from e
+    if not isinstance(row, dict) or row.get("key") != key: raise ValueError(f"{path} is not the row of this run (key {key}): delete it to train again")
+    return row
 
 # %% ../nbs/06_training.ipynb #06-training-142
 def run(config: RunConfig,      # what to do
@@ -846,6 +850,8 @@ def run(config: RunConfig,      # what to do
         with locked(folder):
             if not (folder / "row.json").exists(): complete(config, folder, progress)
     row = read_row(folder)
+    if config.dataset == "auto" and row["source"] == "synthetic" and find_magnetic_tiles():
+        warnings.warn(f"this run was trained on SYNTHETIC tiles, when the dataset was not to be had. Now it is: delete {folder} to train on it")
     for name in (*CHECKPOINTS, "lock"): (folder / name).unlink(missing_ok=True)
     return row
 

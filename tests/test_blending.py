@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
+from scipy.fft import dctn, idctn
 
 from dli.blending import blend_tensors, copy_batch, cut_paste, grow_mask, poisson_blend, poisson_blend_image
 
@@ -26,6 +27,13 @@ def blends(draw, least=1, most=9):
         if kind in ("pixels", "both"): one |= rng.random((h, w)) < 0.4
         if kind == "full": one[:] = True
     return *(torch.from_numpy(rng.random((b, c, h, w))) for _ in range(2)), torch.from_numpy(mask)
+
+
+def blend_tensors_of(dst, src, mask, mix):
+    "The path of every device: a new batch."
+    out = dst.clone()
+    blend_tensors(list(out), list(src), list(mask), mix)
+    return out
 
 
 def dense_blend(dst, src, mask, mix):
@@ -179,6 +187,32 @@ def test_full_mask_keeps_the_mean():
     out = poisson_blend(dst, src, torch.ones(2, 6, 7, dtype=torch.bool))
     expected = src - src.mean((2, 3), keepdim=True) + dst.mean((2, 3), keepdim=True)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("h, w", [(33, 32), (65, 65), (22, 42), (129, 129), (1, 7)])
+@pytest.mark.parametrize("blend", [poisson_blend, blend_tensors_of], ids=["compiled", "tensors"])
+def test_full_mask_with_mixed_gradients(h, w, blend):
+    "The equations leave a constant free; it must not grow."
+    g = torch.Generator().manual_seed(22)
+    dst, src = torch.rand(2, 1, 1, h, w, generator=g)
+    out = blend(dst, src, torch.ones(1, h, w, dtype=torch.bool), True)[0, 0].double().numpy()
+    steps = [[np.diff(x[0, 0].double().numpy(), axis=axis) for axis in (0, 1)] for x in (src, dst)]
+    wanted = [np.where(abs(t) > 1.001 * abs(s), t, s) for s, t in zip(*steps)]
+    rise = [-np.diff(np.pad(v, room), axis=axis) for axis, (v, room) in enumerate(zip(wanted, (((1, 1), (0, 0)), ((0, 0), (1, 1)))))]
+    y, x = np.mgrid[:h, :w]
+    waves = 4 - 2 * np.cos(np.pi * y / h) - 2 * np.cos(np.pi * x / w)
+    spectrum = dctn(rise[0] + rise[1], norm="ortho") / np.where(waves, waves, 1)
+    spectrum[0, 0] = dst.mean().item() * np.sqrt(h * w)
+    assert abs(idctn(spectrum, norm="ortho").clip(0, 1) - out).max() < 4 * EXACT
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("blend", [poisson_blend, blend_tensors_of], ids=["compiled", "tensors"])
+def test_values_that_are_no_numbers_are_refused(value, mix, blend):
+    dst, src, mask = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3), torch.zeros(1, 9, 9, dtype=torch.bool)
+    mask[0, 3:6, 3:6], src[0, 0, 4, 4] = True, value
+    with pytest.raises(RuntimeError, match="NaN"): blend(dst, src, mask, mix)
 
 
 def test_one_pixel_image():

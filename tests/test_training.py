@@ -7,7 +7,8 @@ import os
 import random
 import signal
 import time
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -308,6 +309,7 @@ def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch
     (lambda m: m.setattr(training, "RECIPE", training.RECIPE + 1), f"recipe={training.RECIPE}, here {training.RECIPE + 1}"),
     (lambda m: m.setattr(training, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
     (lambda m: m.setattr(training, "network_dtype", lambda device: torch.float64), "dtype='.*', here 'torch.float64'"),
+    (lambda m: m.setattr(training, "run_samples", lambda c: [replace(s, source="magnetic-tiles") for s in run_samples(c)]), "source='synthetic', here 'magnetic-tiles'"),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
     content = (run_folder(stopped) / CHECKPOINTS[1]).read_bytes()
@@ -325,6 +327,27 @@ def test_a_damaged_row_is_not_overwritten(tmp_path):
     (run_folder(c) / "row.json").write_text('{"method": "dl')
     with pytest.raises(ValueError, match="row.json can't be read.*delete it to train again"): run(c, progress=False)
     assert (run_folder(c) / "row.json").read_text() == '{"method": "dl'
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"iou_macro": 1.0, "key": "other"}'])
+def test_the_row_of_another_run_is_not_taken_for_this_one(content, tmp_path):
+    c = config(out=str(tmp_path))
+    run_folder(c).mkdir()
+    for name in ("row.json", CHECKPOINTS[0]): (run_folder(c) / name).write_text(content)
+    with pytest.raises(ValueError, match="row.json is not the row of this run.*delete it to train again"): run(c, progress=False)
+    assert all((run_folder(c) / name).read_text() == content for name in ("row.json", CHECKPOINTS[0]))
+
+
+@pytest.mark.parametrize("found, dataset, warned", [(True, "auto", True), (False, "auto", False), (True, "synthetic", False)])
+def test_a_row_of_synthetic_tiles_is_named_when_the_real_ones_are_found(found, dataset, warned, tmp_path, monkeypatch):
+    c = config(out=str(tmp_path), dataset=dataset)
+    run_folder(c).mkdir()
+    (run_folder(c) / "row.json").write_text(json.dumps(dict(key=run_key(c), source="synthetic")))
+    monkeypatch.setattr(training, "find_magnetic_tiles", lambda: tmp_path if found else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run(c, progress=False)["source"] == "synthetic"
+    assert [("SYNTHETIC" in str(w.message)) for w in caught] == [True] * warned
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_sound_checkpoint(tmp_path, unstopped):
