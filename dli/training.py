@@ -9,9 +9,9 @@ __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 
            'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients',
            'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock',
            'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate',
-           'loss_of_batch', 'evaluation_steps', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score',
-           'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint',
-           'restore', 'resume', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images',
+           'loss_of_batch', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole',
+           'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore',
+           'resume', 'evaluation_steps', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images',
            'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams',
            'project_root', 'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run',
            'load_model', 'notebook_config']
@@ -469,12 +469,6 @@ def loss_of_batch(model: nn.Module, loss: nn.Module, images: torch.Tensor, masks
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32): logits = model(images)
     return loss(logits.float(), masks)
 
-# %% ../nbs/06_training.ipynb #06-training-075
-def evaluation_steps(config: RunConfig) -> set[int]:
-    "After which steps (counted from 1) the validation images are scored: evenly spread, the last included."
-    n = min(PRESETS[config.preset].evaluations, config.steps)
-    return {round(config.steps * (i + 1) / n) for i in range(n)}
-
 # %% ../nbs/06_training.ipynb #06-training-077
 def train_step(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, masks: torch.Tensor, dtype: torch.dtype) -> float:
     "One optimiser step on a batch of grey-level images; the loss before it. Raises FloatingPointError when that is not finite."
@@ -638,6 +632,12 @@ def resume(done: Fit,    # a run before its first step; altered
     if bad and not good: raise ValueError("; ".join(bad) + ": put back what wrote it, or delete it to start from the beginning")
     for problem in bad: warnings.warn(f"{problem}: continuing from the other checkpoint")
     if good: restore(done, *max(good, key=lambda checkpoint: checkpoint[0]["step"]))
+
+# %% ../nbs/06_training.ipynb #06-training-075
+def evaluation_steps(config: RunConfig) -> set[int]:
+    "After which steps (counted from 1) the validation images are scored: evenly spread, the last included."
+    n = min(PRESETS[config.preset].evaluations, config.steps)
+    return {round(config.steps * (i + 1) / n) for i in range(n)}
 
 # %% ../nbs/06_training.ipynb #06-training-105
 @contextmanager
