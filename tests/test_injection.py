@@ -107,7 +107,7 @@ def test_wrong_ranges(wrong):
 def test_margin():
     assert [default_margin((s, s)) for s in (32, 128, 256, 512, 1024)] == [1, 1, 2, 4, 8]
     assert DonorPool(random_samples(0)).margin == 1 and DonorPool(random_samples(0), margin=0).margin == 0
-    with pytest.raises(ValueError, match="margin: expected 0 or more pixels, got -1"): DonorPool(random_samples(0), margin=-1)
+    with pytest.raises(ValueError, match="margin: expected a whole number of pixels, 0 or more, got -1"): DonorPool(random_samples(0), margin=-1)
 
 
 def test_no_donors_at_all():
@@ -654,15 +654,57 @@ def test_doing_something_does_not_warn():
     (dict(images=torch.zeros(2, 8, 8)), r"images: expected \(B, C, H, W\)"),
     (dict(images=torch.zeros(2, 1, 8, 8).half()), "expected uint8, or float32 or float64 in 0..1, got torch.float16"),
     (dict(images=torch.full((2, 1, 8, 8), -0.4)), "got -0.4 .. -0.4: inject before normalising"),
-    (dict(images=torch.full((2, 1, 8, 8), torch.nan)), "got nan .. nan"),
-    (dict(masks=torch.zeros(2, 8, 8)), "masks: expected integers .* got torch.float32"),
-    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), "masks: expected integers .* got torch.bool"),
-    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\)"),
+    (dict(images=torch.full((2, 1, 8, 8), torch.nan)), r"got NaN in images \[0, 1\]"),
+    (dict(images=torch.rand(2, 1, 8, 8) * 200 + 2), r"got .* .. .*: divide by 255 or pass uint8"),
+    (dict(images=torch.full((2, 1, 8, 8), 300.0)), "got 300 .. 300: inject before normalising"),
+    (dict(masks=torch.zeros(2, 8, 8)), r"masks: expected integers .* got torch.float32 \(2, 8, 8\): pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), r"masks: expected integers .* got torch.bool .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.uint16)), r"masks: expected integers .* got torch.uint16 .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\): pass masks\[:, 0\]$"),
+    (dict(masks=torch.zeros(2, 1, 8, 8)), r"got torch.float32 \(2, 1, 8, 8\): pass masks\[:, 0\].long\(\)$"),
+    (dict(masks=torch.zeros(2, 5, 8, 8, dtype=torch.long)), r"got torch.int64 \(2, 5, 8, 8\)$"),
+    (dict(masks=torch.zeros(8, 8, dtype=torch.long)), r"got torch.int64 \(8, 8\): pass masks\[None\]$"),
     (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)), r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
 ])
 def test_wrong_batches(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
     with pytest.raises(ValueError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda s: DynamicLabelInjection(s), r"pool: expected a DonorPool, got Samples: make one by DonorPool\(samples\)"),
+    (lambda s: DynamicLabelInjection(None), "pool: expected a DonorPool, got NoneType"),
+    (lambda s: DonorPool((s.images, s.masks)), "DonorPool: expected Samples .*, got tuple"),
+    (lambda s: DonorPool([s]), "DonorPool: expected Samples .*, got list"),
+    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}), r"transforms: expected a DonorTransform for 'Crack', got dict: DonorTransform\("),
+    (lambda s: DonorPool(s, DonorTransform()), "transforms: expected a DonorTransform for each class name, in a dict, got DonorTransform"),
+    (lambda s: DonorPool(s, ["Crack"]), "transforms: .* in a dict, got list"),
+    (lambda s: DonorPool(s, margin=2.5), "margin: expected a whole number of pixels, 0 or more, got 2.5"),
+    (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
+])
+def test_wrong_types_of_a_pool(call, message):
+    with pytest.raises((TypeError, ValueError), match=message): call(random_samples(0))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(images=np.zeros((2, 1, 8, 8))), "images: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
+    (dict(masks=np.zeros((2, 8, 8), int)), "masks: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
+    (dict(images=[torch.zeros(1, 8, 8)] * 2), "images: expected a torch tensor, got list"),
+    (dict(masks=None), "masks: expected a torch tensor, got NoneType"),
+    (dict(generator=0), r"generator: expected a torch.Generator on the CPU, .*, got 0: torch.Generator\(\).manual_seed\(0\)"),
+    (dict(generator=np.random.default_rng(0)), r"generator: expected a torch.Generator on the CPU, .*, got Generator\(PCG64\) at"),
+])
+def test_wrong_types_of_a_batch(change, message):
+    good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
+    with pytest.raises(TypeError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.bool])
+def test_the_remedy_for_masks_works(dtype):
+    inject, masks = DynamicLabelInjection(DonorPool(random_samples(0))), random_batch(0)[1][:, None].to(dtype)
+    with pytest.raises(ValueError) as refused: inject.make_params(masks)
+    remedy = str(refused.value).split(": pass ")[1]
+    assert inject.make_params(eval(remedy, dict(masks=masks)), seeded(0)) == inject.make_params(masks.long()[:, 0], seeded(0))
 
 
 @pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(fill="half"), dict(choose="first"), dict(region="box")])
@@ -731,6 +773,23 @@ def test_show_batch(channels, dtype):
     assert titles == [f"{CLASSES[k - 1]}\n{'Poisson' if p else 'cut-paste'}" for k, p in zip(plan.label, plan.poisson)]
     nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
     assert nothing.axes[0].get_title() == "nothing injected"
+
+
+def test_show_batch_of_what_has_gradients():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    after, labels = inject.transform(images.requires_grad_(), masks, plan)
+    assert not after.requires_grad and len(show_batch(images, after, labels, plan, CLASSES).axes) == 12
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(classes=()), r"plan: expected 1 <= label <= 0, .*pass the class names of the plan's pool, not \(\)"),
+    (dict(after=torch.zeros(3, 1, 16, 12)), "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
+    (dict(masks=torch.zeros(2, 16, 12)), "plan: expected 0 <= target <= 1, .*not 2 images"),
+])
+def test_show_batch_of_another_batch(change, message):
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match=message):
+        show_batch(**dict(before=images, after=images, masks=masks, plan=plan, classes=CLASSES) | change)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
