@@ -6,10 +6,10 @@
 __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'MASK_DTYPES', 'PATIENCE', 'SANE', 'CHOICES', 'DonorTransform', 'donor_room',
            'donor_reach', 'Donor', 'crop_axis', 'central_pixel', 'cut_donor', 'mask_extent', 'default_margin',
            'class_transforms', 'cut_donors', 'DonorPool', 'find_clean', 'class_presence', 'pick_rarest',
-           'choose_labels', 'draw_donors', 'linear_map', 'fit_offset', 'land_anchors', 'InjectionPlan', 'read_column',
-           'read_columns', 'describe_injection', 'draw_plan', 'target_windows', 'crop_places', 'place_straight',
+           'choose_labels', 'draw_donors', 'linear_map', 'fit_offset', 'land_anchors', 'read_column', 'read_columns',
+           'describe_injection', 'InjectionPlan', 'draw_plan', 'target_windows', 'crop_places', 'place_straight',
            'bilinear', 'sample_turned', 'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement',
-           'place_donors', 'blend_all', 'blend_whole', 'write_label', 'check_tensor', 'check_masks', 'check_values',
+           'place_donors', 'blend_whole', 'blend_all', 'write_label', 'check_tensor', 'check_masks', 'check_values',
            'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_generator',
            'check_columns', 'check_numbers', 'check_plan', 'InjectionChoices', 'DynamicLabelInjection', 'check_shown',
            'show_batch']
@@ -309,6 +309,46 @@ def land_anchors(
     landed = centre + moved + fit_offset(start, length, size, target)
     return np.clip(np.round(landed), 0, target - 1).astype(int)
 
+# %% ../nbs/02_injection.ipynb #02-injection-061
+PLAN_TYPES = dict(target=int, donor=int, label=int, hflip=bool, vflip=bool, angle=float, scale=float, y=int, x=int, poisson=bool)
+
+# %% ../nbs/02_injection.ipynb #02-injection-061a
+def read_column(
+    name: str,  # of the column
+    values: list,
+) -> np.ndarray:  # of the type in `PLAN_TYPES`
+    "A list to an array. Raises ValueError for values that the type would alter."
+    try: column = np.array(values, PLAN_TYPES[name])
+    except (TypeError, ValueError, OverflowError): column = None
+    if column is None or column.tolist() != values or column.ndim != 1:
+        raise ValueError(f"InjectionPlan: expected numbers of type {PLAN_TYPES[name].__name__} for {name}, got {values!r:.80}")
+    return column
+
+
+# %% ../nbs/02_injection.ipynb #02-injection-062
+def read_columns(
+    columns: dict[str, list],  # as in the JSON of a plan
+) -> dict[str, np.ndarray]:  # as in the plan
+    "Lists to arrays. Raises ValueError when a column is missing, too much, of another length or of another type."
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
+        raise ValueError(f"InjectionPlan: expected a list for each of {', '.join(PLAN_TYPES)}, got {columns!r:.80}")
+    if set(columns) != set(PLAN_TYPES) or len({len(c) for c in columns.values()}) != 1:
+        raise ValueError(f"InjectionPlan: expected {', '.join(PLAN_TYPES)}, all of one length; "
+                         f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
+    return {name: read_column(name, columns[name]) for name in PLAN_TYPES}
+
+
+# %% ../nbs/02_injection.ipynb #02-injection-063
+def describe_injection(
+    plan: "InjectionPlan",
+    i: int,  # which
+) -> str:
+    "An injection in a line."
+    mirrored = "".join(f", {word}" for word, flip in (("mirrored", plan.hflip[i]), ("upside down", plan.vflip[i])) if flip)
+    turned = f", turned {plan.angle[i]:.1f} deg, scaled {plan.scale[i]:.2f}" if (plan.angle[i], plan.scale[i]) != (0, 1) else ""
+    return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
+            f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
+
 # %% ../nbs/02_injection.ipynb #02-injection-060
 @dataclass(frozen=True, eq=False)
 class InjectionPlan:
@@ -345,46 +385,6 @@ class InjectionPlan:
             raise ValueError(f"InjectionPlan.from_json: expected the text that `to_json` wrote, got {text!r:.80}; "
                              "of a file, pass what `Path(...).read_text()` gives") from error
         return cls(**read_columns(columns))
-
-# %% ../nbs/02_injection.ipynb #02-injection-061
-PLAN_TYPES = dict(target=int, donor=int, label=int, hflip=bool, vflip=bool, angle=float, scale=float, y=int, x=int, poisson=bool)
-
-# %% ../nbs/02_injection.ipynb #02-injection-061a
-def read_column(
-    name: str,  # of the column
-    values: list,
-) -> np.ndarray:  # of the type in `PLAN_TYPES`
-    "A list to an array. Raises ValueError for values that the type would alter."
-    try: column = np.array(values, PLAN_TYPES[name])
-    except (TypeError, ValueError, OverflowError): column = None
-    if column is None or column.tolist() != values or column.ndim != 1:
-        raise ValueError(f"InjectionPlan: expected numbers of type {PLAN_TYPES[name].__name__} for {name}, got {values!r:.80}")
-    return column
-
-
-# %% ../nbs/02_injection.ipynb #02-injection-062
-def read_columns(
-    columns: dict[str, list],  # as in the JSON of a plan
-) -> dict[str, np.ndarray]:  # as in the plan
-    "Lists to arrays. Raises ValueError when a column is missing, too much, of another length or of another type."
-    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
-        raise ValueError(f"InjectionPlan: expected a list for each of {', '.join(PLAN_TYPES)}, got {columns!r:.80}")
-    if set(columns) != set(PLAN_TYPES) or len({len(c) for c in columns.values()}) != 1:
-        raise ValueError(f"InjectionPlan: expected {', '.join(PLAN_TYPES)}, all of one length; "
-                         f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
-    return {name: read_column(name, columns[name]) for name in PLAN_TYPES}
-
-
-# %% ../nbs/02_injection.ipynb #02-injection-063
-def describe_injection(
-    plan: InjectionPlan,
-    i: int,  # which
-) -> str:
-    "An injection in a line."
-    mirrored = "".join(f", {word}" for word, flip in (("mirrored", plan.hflip[i]), ("upside down", plan.vflip[i])) if flip)
-    turned = f", turned {plan.angle[i]:.1f} deg, scaled {plan.scale[i]:.2f}" if (plan.angle[i], plan.scale[i]) != (0, 1) else ""
-    return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
-            f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
 
 # %% ../nbs/02_injection.ipynb #02-injection-065
 def draw_plan(
@@ -555,6 +555,17 @@ def place_donors(
         if mask.any(): placements.append(make_placement(pool, plan, i, windows[i], patch, mask, images))
     return placements
 
+# %% ../nbs/02_injection.ipynb #02-injection-095
+def blend_whole(
+    image: torch.Tensor,  # (C, H, W)
+    placement: Placement,
+    mix_gradients: bool,
+) -> torch.Tensor:  # new, like image
+    "The authors' Poisson blending, over the whole image."
+    src, mask = image.clone(), torch.zeros_like(image[0], dtype=torch.bool)
+    src[(..., *placement.window)], mask[placement.window] = placement.patch, placement.region
+    return poisson_blend_image(image[None], src[None], mask[None], mix_gradients)[0]
+
 # %% ../nbs/02_injection.ipynb #02-injection-094
 def blend_all(
     images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
@@ -570,17 +581,6 @@ def blend_all(
         elif whole: images[p.target] = blend_whole(images[p.target], p, mix_gradients)
         else: exact.append((view, p.patch, p.region))
     if exact: poisson_patches(*zip(*exact), mix_gradients)
-
-# %% ../nbs/02_injection.ipynb #02-injection-095
-def blend_whole(
-    image: torch.Tensor,  # (C, H, W)
-    placement: Placement,
-    mix_gradients: bool,
-) -> torch.Tensor:  # new, like image
-    "The authors' Poisson blending, over the whole image."
-    src, mask = image.clone(), torch.zeros_like(image[0], dtype=torch.bool)
-    src[(..., *placement.window)], mask[placement.window] = placement.patch, placement.region
-    return poisson_blend_image(image[None], src[None], mask[None], mix_gradients)[0]
 
 # %% ../nbs/02_injection.ipynb #02-injection-096
 def write_label(
@@ -793,7 +793,9 @@ class InjectionChoices:
 
 # %% ../nbs/02_injection.ipynb #02-injection-118
 class DynamicLabelInjection(InjectionChoices):
-    "Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`."
+    """Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`.
+
+    Gradients do not pass: what is returned is new and detached."""
 
     def make_params(
         self,
@@ -810,7 +812,7 @@ class DynamicLabelInjection(InjectionChoices):
         images: torch.Tensor,  # (B, C, H, W), C = 1 or 3: uint8, or floats in 0..1; any device
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
         plan: InjectionPlan,  # made for these masks and this pool
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
         "Apply a plan; the same plan gives the same result to the last bit. Raises ValueError when the arguments do not fit."
         check_batch(images, masks, self.pool.channels)
         check_plan(plan, self.pool, images)
@@ -820,8 +822,13 @@ class DynamicLabelInjection(InjectionChoices):
         for p in placements: write_label(masks, p, self.grow_label)
         return images, masks
 
-    def __call__(self, images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator | None = None):
-        "Inject: `transform` by `make_params`. Returns new images and masks."
+    def __call__(
+        self,
+        images: torch.Tensor,  # (B, C, H, W), C = 1 or 3: uint8, or floats in 0..1; any device
+        masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
+        generator: torch.Generator | None = None,  # on the CPU; None: torch's global one (reseeded in each worker)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
+        "Inject: `transform` by the plan of `make_params`, and count. Raises an error when the arguments do not fit."
         plan = self.make_params(masks, generator)
         after = self.transform(images, masks, plan)
         update_stats(self.stats, self.pool, masks, plan)
@@ -857,7 +864,10 @@ def show_batch(
     check_shown(before, after, masks, plan, classes)
     n = min(len(plan), limit)
     fig, axes = plt.subplots(2, max(n, 1), figsize=(1.3 * max(n, 1), 3), dpi=80, squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, row in zip(axes[:, 0], ("before", "after")): ax.set_ylabel(row, fontsize=7)
     if n == 0: axes[0, 0].set_title("nothing injected", fontsize=7)
     for i, t in enumerate(plan.target[:n]):
         for ax, x in zip(axes[:, i], (before, after)):

@@ -771,6 +771,7 @@ def test_show_batch(channels, dtype):
     fig = show_batch(images, *inject.transform(images, masks, plan), plan, CLASSES)
     titles = [ax.get_title() for ax in fig.axes[:len(plan)]]
     assert titles == [f"{CLASSES[k - 1]}\n{'Poisson' if p else 'cut-paste'}" for k, p in zip(plan.label, plan.poisson)]
+    assert [ax.get_ylabel() for ax in (fig.axes[0], fig.axes[len(plan)])] == ["before", "after"]
     nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
     assert nothing.axes[0].get_title() == "nothing injected"
 
