@@ -328,6 +328,12 @@ def test_columns_of_another_type(column):
         inject.transform(images, masks, replace(plan, donor=column))
 
 
+def test_a_plan_of_scalars():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match="plan: expected target as a NumPy array of 1 int, like target, got 3"):
+        inject.transform(images, masks, replace(plan, target=3))
+
+
 def test_text_in_the_place_of_a_plan():
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
     with pytest.raises(TypeError, match="plan: expected an InjectionPlan, got str; JSON text is read by InjectionPlan.from_json"):
@@ -691,7 +697,7 @@ def test_wrong_types_of_a_pool(call, message):
     (dict(masks=np.zeros((2, 8, 8), int)), "masks: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
     (dict(images=[torch.zeros(1, 8, 8)] * 2), "images: expected a torch tensor, got list"),
     (dict(masks=None), "masks: expected a torch tensor, got NoneType"),
-    (dict(generator=0), r"generator: expected a torch.Generator on the CPU, .*, got 0: torch.Generator\(\).manual_seed\(0\)"),
+    (dict(generator=0), r"generator: expected a torch.Generator on the CPU, .*, got 0: pass torch.Generator\(\).manual_seed\(0\)"),
     (dict(generator=np.random.default_rng(0)), r"generator: expected a torch.Generator on the CPU, .*, got Generator\(PCG64\) at"),
 ])
 def test_wrong_types_of_a_batch(change, message):
