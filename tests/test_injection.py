@@ -1,4 +1,5 @@
 "Algorithm 1: what is planned, what is injected where, and that nothing goes wrong in the middle of an epoch."
+import json
 import pickle
 import warnings
 from dataclasses import replace
@@ -106,7 +107,7 @@ def test_wrong_ranges(wrong):
 def test_margin():
     assert [default_margin((s, s)) for s in (32, 128, 256, 512, 1024)] == [1, 1, 2, 4, 8]
     assert DonorPool(random_samples(0)).margin == 1 and DonorPool(random_samples(0), margin=0).margin == 0
-    with pytest.raises(ValueError, match="margin: expected 0 or more pixels, got -1"): DonorPool(random_samples(0), margin=-1)
+    with pytest.raises(ValueError, match="margin: expected a whole number of pixels, 0 or more, got -1"): DonorPool(random_samples(0), margin=-1)
 
 
 def test_no_donors_at_all():
@@ -261,6 +262,12 @@ def test_plans_replay_with_any_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+def all_injected(pool, n=6):
+    "An injector, images, masks and a plan that fills them."
+    inject, images, masks = DynamicLabelInjection(pool, fill="all"), torch.zeros(n, 1, 16, 12), torch.zeros(n, 16, 12, dtype=torch.uint8)
+    return inject, images, masks, inject.make_params(masks, seeded(0))
+
+
 def test_damaged_plans():
     text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
     assert len(InjectionPlan.from_json(text)) == 0
@@ -268,11 +275,94 @@ def test_damaged_plans():
         with pytest.raises(ValueError, match="InjectionPlan: expected target, donor"): InjectionPlan.from_json(wrong)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("[]", r"expected a list for each of target, donor.*got \[\]"),
+    ("3", "expected a list for each of target, donor.*got 3"),
+    ('{"target": 0, "donor": 1}', "expected a list for each of target, donor.*got {'target': 0"),
+    ("runs/plan.json", "expected the text that `to_json` wrote, got 'runs/plan.json'.*read_text"),
+    ("", "expected the text that `to_json` wrote, got ''"),
+    (Path("plan.json"), "expected the text that `to_json` wrote, got PosixPath"),
+    (None, "expected the text that `to_json` wrote, got None"),
+])
+def test_text_that_is_no_plan(text, message):
+    with pytest.raises(ValueError, match=message): InjectionPlan.from_json(text)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("target", "1.5"), ("donor", '"0"'), ("label", "null"), ("hflip", "2"), ("angle", '"a"'), ("scale", "NaN"), ("y", "[1]"), ("x", "1" + 30 * "0")])
+def test_values_that_a_column_would_alter(name, value):
+    text = all_injected(DonorPool(random_samples(0)), 1)[3].to_json()
+    column = json.dumps({name: json.loads(text)[name]})[1:-1]
+    assert text.count(column) == 1
+    with pytest.raises(ValueError, match=f"InjectionPlan: expected numbers of type .* for {name}, got"):
+        InjectionPlan.from_json(text.replace(column, f'"{name}": [{value}]'))
+
+
+@pytest.mark.parametrize("column, value, message", [
+    ("target", -1, "expected 0 <= target <= 5, got -1 in injection 2"),
+    ("target", 6, "expected 0 <= target <= 5, got 6"),
+    ("donor", -1, "expected 0 <= donor <= 7, got -1"),
+    ("donor", 8, "expected 0 <= donor <= 7, got 8"),
+    ("y", -1, "expected 0 <= y <= 15, got -1"),
+    ("y", 16, "expected 0 <= y <= 15, got 16"),
+    ("x", 12, "expected 0 <= x <= 11, got 12"),
+    ("angle", np.nan, "expected .* <= angle <= .*, got nan"),
+    ("angle", -np.inf, "expected .* <= angle <= .*, got -inf"),
+    ("scale", 0, "expected 1e-06 <= scale <= .*, got 0"),
+    ("scale", -1, "expected 1e-06 <= scale <= .*, got -1"),
+    ("scale", np.nan, "expected .* <= scale <= .*, got nan"),
+    ("scale", np.inf, "expected .* <= scale <= .*, got inf"),
+    ("scale", 1e-200, "expected .* <= scale <= .*, got 1e-200"),
+    ("label", 9, "expected the labels of its donors, got 9 for donor .* is it the plan of another pool"),
+])
+def test_impossible_plans(column, value, message):
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    getattr(plan, column)[2] = value
+    with pytest.raises(ValueError, match="plan: " + message): inject.transform(images, masks, plan)
+
+
+@pytest.mark.parametrize("column", [[0] * 6, np.zeros(5, int), np.zeros((6, 1), int), np.zeros(6), np.full(6, "a"), 0])
+def test_columns_of_another_type(column):
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match="plan: expected donor as a NumPy array of 6 int, like target, got"):
+        inject.transform(images, masks, replace(plan, donor=column))
+
+
+def test_a_plan_of_scalars():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match="plan: expected target as a NumPy array of 1 int, like target, got 3"):
+        inject.transform(images, masks, replace(plan, target=3))
+
+
+def test_text_in_the_place_of_a_plan():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(TypeError, match="plan: expected an InjectionPlan, got str; JSON text is read by InjectionPlan.from_json"):
+        inject.transform(images, masks, plan.to_json())
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from(("target", "donor", "label", "y", "x", "angle", "scale")), st.data())
+def test_a_plan_is_refused_or_applied(seed, column, data):
+    "Whatever number a hand puts into it: an injection, or a ValueError that names the column; never a crash."
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(seed), WILD), 2)
+    numbers = st.floats() | st.floats(0, 4) if column in ("angle", "scale") else st.integers(-2**40, 2**40) | st.integers(-1, 20)
+    getattr(plan, column)[1] = data.draw(numbers)
+    try: after, labels = inject.transform(images, masks, plan)
+    except ValueError as error: assert str(error).startswith("plan: expected") and (column in str(error) or "image" in str(error) or column == "donor")
+    else: assert after.isfinite().all() and (0 <= after).all() and (after <= 1).all() and set(labels[plan.target[1]].unique().tolist()) <= {0, plan.label[1]}
+
+
 def test_plan_for_another_batch():
-    images, masks = random_batch(0)
-    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
-    plan = inject.make_params(torch.zeros(9, 16, 12, dtype=torch.uint8), seeded(0))
-    with pytest.raises(ValueError, match="plan: expected images below 6 .*got image 8"): inject.transform(images, masks, plan)
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)), 9)
+    with pytest.raises(ValueError, match="plan: expected 0 <= target <= 5, got .* as many and as large as"):
+        inject.transform(images[:6], masks[:6], plan)
+
+
+def test_plan_for_larger_images():
+    inject = DynamicLabelInjection(DonorPool(random_samples(0, size=(96, 128))), fill="all")
+    plan = inject.make_params(torch.zeros(6, 96, 128, dtype=torch.uint8), seeded(0))
+    with pytest.raises(ValueError, match="plan: expected 0 <= y <= 3, got .* as many and as large as it was made for"):
+        inject.transform(torch.zeros(6, 1, 4, 5), torch.zeros(6, 4, 5, dtype=torch.uint8), plan)
 
 
 def test_plan_with_an_image_twice():
@@ -356,9 +446,9 @@ def test_a_donor_pulled_from_the_border_is_continued_by_its_mirror_image():
 
 
 @properties
-@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(-20, 36), st.integers(-20, 32), st.integers(0, 3))
+@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(0, 15), st.integers(0, 11), st.integers(0, 3))
 def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margin):
-    "Nothing raises, wherever a plan puts a donor: the target receives what a canvas around it would, and may receive nothing."
+    "Wherever in the target a plan puts a donor's anchor: it receives what a canvas around it would."
     inject = DynamicLabelInjection(DonorPool(random_samples(seed), transforms, margin), p_poisson=0.5, fill="all")
     target, canvas = (torch.zeros(1, *size, dtype=torch.uint8) for size in ((16, 12), (116, 112)))
     plan = inject.make_params(target, seeded(seed))
@@ -513,13 +603,12 @@ def test_an_empty_batch():
     assert [x.shape for x in DynamicLabelInjection(DonorPool(random_samples(0)))(images, masks)] == [images.shape, masks.shape]
 
 
-def test_a_donor_far_outside_leaves_the_image_as_it_is():
-    images, masks = random_batch(1)
-    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
-    plan = inject.make_params(masks, seeded(0))
-    plan.y[:] = 1000
-    after, labels = inject.transform(images, masks, plan)
-    assert len(plan) and torch.equal(after, images) and torch.equal(labels, masks)
+def test_a_donor_may_shrink_to_its_anchor():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    plan.scale[:] = 1e-6
+    for poisson in (False, True):
+        after, labels = inject.transform(images, masks, replace(plan, poisson=np.full(6, poisson)))
+        assert after.isfinite().all() and torch.equal(labels.nonzero()[:, 1:][plan.target].T, torch.from_numpy(np.stack([plan.y, plan.x])))
 
 
 @properties
@@ -571,15 +660,57 @@ def test_doing_something_does_not_warn():
     (dict(images=torch.zeros(2, 8, 8)), r"images: expected \(B, C, H, W\)"),
     (dict(images=torch.zeros(2, 1, 8, 8).half()), "expected uint8, or float32 or float64 in 0..1, got torch.float16"),
     (dict(images=torch.full((2, 1, 8, 8), -0.4)), "got -0.4 .. -0.4: inject before normalising"),
-    (dict(images=torch.full((2, 1, 8, 8), torch.nan)), "got nan .. nan"),
-    (dict(masks=torch.zeros(2, 8, 8)), "masks: expected integers .* got torch.float32"),
-    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), "masks: expected integers .* got torch.bool"),
-    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\)"),
+    (dict(images=torch.full((2, 1, 8, 8), torch.nan)), r"got NaN in images \[0, 1\]"),
+    (dict(images=torch.rand(2, 1, 8, 8) * 200 + 2), r"got .* .. .*: divide by 255 or pass uint8"),
+    (dict(images=torch.full((2, 1, 8, 8), 300.0)), "got 300 .. 300: inject before normalising"),
+    (dict(masks=torch.zeros(2, 8, 8)), r"masks: expected integers .* got torch.float32 \(2, 8, 8\): pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), r"masks: expected integers .* got torch.bool .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.uint16)), r"masks: expected integers .* got torch.uint16 .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\): pass masks\[:, 0\]$"),
+    (dict(masks=torch.zeros(2, 1, 8, 8)), r"got torch.float32 \(2, 1, 8, 8\): pass masks\[:, 0\].long\(\)$"),
+    (dict(masks=torch.zeros(2, 5, 8, 8, dtype=torch.long)), r"got torch.int64 \(2, 5, 8, 8\)$"),
+    (dict(masks=torch.zeros(8, 8, dtype=torch.long)), r"got torch.int64 \(8, 8\): pass masks\[None\]$"),
     (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)), r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
 ])
 def test_wrong_batches(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
     with pytest.raises(ValueError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda s: DynamicLabelInjection(s), r"pool: expected a DonorPool, got Samples: make one by DonorPool\(samples\)"),
+    (lambda s: DynamicLabelInjection(None), "pool: expected a DonorPool, got NoneType"),
+    (lambda s: DonorPool((s.images, s.masks)), "DonorPool: expected Samples .*, got tuple"),
+    (lambda s: DonorPool([s]), "DonorPool: expected Samples .*, got list"),
+    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}), r"transforms: expected a DonorTransform for 'Crack', got dict: DonorTransform\("),
+    (lambda s: DonorPool(s, DonorTransform()), "transforms: expected a DonorTransform for each class name, in a dict, got DonorTransform"),
+    (lambda s: DonorPool(s, ["Crack"]), "transforms: .* in a dict, got list"),
+    (lambda s: DonorPool(s, margin=2.5), "margin: expected a whole number of pixels, 0 or more, got 2.5"),
+    (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
+])
+def test_wrong_types_of_a_pool(call, message):
+    with pytest.raises((TypeError, ValueError), match=message): call(random_samples(0))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(images=np.zeros((2, 1, 8, 8))), "images: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
+    (dict(masks=np.zeros((2, 8, 8), int)), "masks: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
+    (dict(images=[torch.zeros(1, 8, 8)] * 2), "images: expected a torch tensor, got list"),
+    (dict(masks=None), "masks: expected a torch tensor, got NoneType"),
+    (dict(generator=0), r"generator: expected a torch.Generator on the CPU, .*, got 0: pass torch.Generator\(\).manual_seed\(0\)"),
+    (dict(generator=np.random.default_rng(0)), r"generator: expected a torch.Generator on the CPU, .*, got Generator\(PCG64\) at"),
+])
+def test_wrong_types_of_a_batch(change, message):
+    good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
+    with pytest.raises(TypeError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.bool])
+def test_the_remedy_for_masks_works(dtype):
+    inject, masks = DynamicLabelInjection(DonorPool(random_samples(0))), random_batch(0)[1][:, None].to(dtype)
+    with pytest.raises(ValueError) as refused: inject.make_params(masks)
+    remedy = str(refused.value).split(": pass ")[1]
+    assert inject.make_params(eval(remedy, dict(masks=masks)), seeded(0)) == inject.make_params(masks.long()[:, 0], seeded(0))
 
 
 @pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(fill="half"), dict(choose="first"), dict(region="box")])
@@ -646,8 +777,26 @@ def test_show_batch(channels, dtype):
     fig = show_batch(images, *inject.transform(images, masks, plan), plan, CLASSES)
     titles = [ax.get_title() for ax in fig.axes[:len(plan)]]
     assert titles == [f"{CLASSES[k - 1]}\n{'Poisson' if p else 'cut-paste'}" for k, p in zip(plan.label, plan.poisson)]
+    assert [ax.get_ylabel() for ax in (fig.axes[0], fig.axes[len(plan)])] == ["before", "after"]
     nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
     assert nothing.axes[0].get_title() == "nothing injected"
+
+
+def test_show_batch_of_what_has_gradients():
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    after, labels = inject.transform(images.requires_grad_(), masks, plan)
+    assert not after.requires_grad and len(show_batch(images, after, labels, plan, CLASSES).axes) == 12
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(classes=()), r"plan: expected 1 <= label <= 0, .*pass the class names of the plan's pool, not \(\)"),
+    (dict(after=torch.zeros(3, 1, 16, 12)), "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
+    (dict(masks=torch.zeros(2, 16, 12)), "plan: expected 0 <= target <= 1, .*not 2 images"),
+])
+def test_show_batch_of_another_batch(change, message):
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match=message):
+        show_batch(**dict(before=images, after=images, masks=masks, plan=plan, classes=CLASSES) | change)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
