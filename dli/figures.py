@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'CHOICES', 'METRIC_NOTE', 'STYLE', 'WEAK', 'LINES', 'PAIRS', 'POLICIES', 'CLEAN_SCORES', 'SHORTCUT', 'SEAMS',
-           'PARAMETERS', 'printed_values', 'printed_of', 'one_budget', 'matching', 'seeds_text', 'budget_line',
-           'encoders_of', 'fold_counts', 'classes_of', 'summary', 'difference', 'difference_columns', 'score_columns',
-           'method_row', 'method_table', 'number_text', 'readable', 'study_methods', 'table1_methods', 'with_printed',
-           'with_average', 'titled', 'admissible_text', 'compared_methods', 'table1', 'table2', 'in_style', 'caption',
-           'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class', 'table3_iou_per_class',
-           'label_of', 'forest', 'table1_differences', 'chosen_images', 'read_regions', 'photographs_of',
-           'draw_regions', 'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor',
-           'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_row',
-           'table5_weak_supervision', 'fig5_weak_supervision', 'both_splits', 'leak_rows', 'leakage_table',
-           'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows',
-           'score_panels', 'policy_figure', 'shortcut_table', 'shortcut_figure', 'ladder_rows', 'ladder_table',
-           'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
+           'LATEX', 'PARAMETERS', 'printed_values', 'printed_of', 'one_budget', 'matching', 'seeds_text', 'budget_line',
+           'ends_at_half', 'encoders_of', 'label_of', 'fold_counts', 'classes_of', 'summary', 'difference',
+           'difference_columns', 'score_columns', 'method_row', 'method_table', 'number_text', 'readable',
+           'study_methods', 'table1_methods', 'with_printed', 'with_average', 'titled', 'admissible_text',
+           'interval_text', 'compared_methods', 'table1', 'table2', 'in_style', 'caption', 'injects', 'fold_dots',
+           'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class', 'table3_iou_per_class', 'forest',
+           'table1_differences', 'chosen_images', 'read_regions', 'photographs_of', 'draw_regions', 'image_iou',
+           'comparable', 'draw_example', 'qualitative', 'best_competitor', 'fig4_qualitative', 'fractions_of',
+           'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_row', 'table5_weak_supervision',
+           'fig5_weak_supervision', 'both_splits', 'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table',
+           'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows', 'score_panels', 'policy_figure',
+           'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_rows', 'ladder_table', 'ladder_figure',
+           'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
            'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'draw_blends',
            'fig8_blends', 'markdown_text', 'latex_text', 'save_table', 'save_figure', 'save_artifact',
            'unlisted_configs', 'missing_text', 'study_runs', 'notebook_runs']
@@ -39,7 +40,7 @@ from matplotlib.patches import ConnectionPatch, Patch
 
 from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, load_dataset
 from .injection import DonorPool, DynamicLabelInjection, InjectionPlan, class_presence, draw_plan
-from .metrics import Comparison, compare, scores
+from .metrics import Comparison, compare, scores, tile_counts
 from .models import ENCODERS
 from .study import LADDER, RESULTS, STUDIES, load_runs, missing, one_recipe, read_counts, run_matrix, study_configs
 from .training import INJECTION, METHODS, PRESETS, RunConfig, as_batch, chance, median_images, project_root, run_key, run_name, shuffled
@@ -110,13 +111,23 @@ def budget_line(
     reduced = any(first[name] != getattr(full, name) for name in ("image_size", "batch_size", "steps"))
     data = "SYNTHETIC TILES: they say nothing about real ones" if first["source"] == "synthetic" else first["source"]
     budget = f"{'reduced budget' if reduced else 'full budget'} ({first['preset']}: {first['image_size']} px, {first['steps']} steps of {first['batch_size']} images)"
+    half = "; decoder ends at half size" * ends_at_half(first)
     encoders, splits = ", ".join(encoders_of(runs)), " and ".join(sorted(runs["split"].unique()))
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    return f"Rows: {data}; {budget}; {encoders}; {splits} split; seeds {seeds_text(runs['seed'])}; recipe {first['recipe']}; {count}."
+    return f"Rows: {data}; {budget}{half}; {encoders}; {splits} split; seed{'s' * (runs['seed'].nunique() != 1)} {seeds_text(runs['seed'])}; recipe {first['recipe']}; {count}."
+
+def ends_at_half(row: pd.Series) -> bool:
+    "Whether a row's decoder leaves out the paper's last stage, and its output is resized."
+    decoder = row.get("decoder")
+    return len(decoder if isinstance(decoder, list) else PRESETS[row["preset"]].decoder) == 2
 
 def encoders_of(runs: pd.DataFrame) -> list[str]:
     "The encoders among the rows, in the order of `ENCODERS`."
     return [e for e in ENCODERS if e in set(runs["encoder"])]
+
+def label_of(what: str, encoder: str, table: pd.DataFrame) -> str:
+    "A label that names the encoder where the table has several."
+    return what if table["encoder"].nunique() == 1 else f"{what}, {encoder}"
 
 # %% ../nbs/08_figures.ipynb #08-figures-026
 def fold_counts(
@@ -208,13 +219,13 @@ def number_text(
 def readable(
     table: pd.DataFrame,  # columns x, and perhaps x_deviation or x_low and x_high; `table.attrs["form"]`: of its floats
 ) -> pd.DataFrame:  # of text
-    "x and x_deviation as one column `x ± y`; x, x_low and x_high as `+x [+l, +h]`."
+    "x and x_deviation as one column `x ± y`, of one fold `x` alone; x, x_low and x_high as `+x [+l, +h]`."
     form, columns = table.attrs.get("form", ".3f"), {}
     for name in table:
         if name.endswith(("_deviation", "_low", "_high")): continue
         spread, ends = f"{name}_deviation" in table, f"{name}_low" in table
         texts = [number_text(v, f"+{form}" if ends else form) for v in table[name]]
-        if spread: texts = [t if t == "-" else f"{t} ± {number_text(v, form)}" for t, v in zip(texts, table[f"{name}_deviation"])]
+        if spread: texts = [t if math.isnan(v) else f"{t} ± {v:{form}}" for t, v in zip(texts, table[f"{name}_deviation"])]
         if ends: texts = [t if math.isnan(l) else f"{t} [{l:+{form}}, {h:+{form}}]" for t, l, h in zip(texts, table[f"{name}_low"], table[f"{name}_high"])]
         columns[name] = texts
     return pd.DataFrame(columns)
@@ -256,21 +267,39 @@ METRIC_NOTE = ("iou_macro: mean over classes of the IoU pooled over the held-out
 
 def titled(
     table: pd.DataFrame,
-    runs: pd.DataFrame,  # the rows it shows
+    shown: pd.DataFrame,  # the rows it shows
     text: str,  # what it shows
+    runs: pd.DataFrame,  # all rows: those of the baseline judge the budget
 ) -> pd.DataFrame:
-    "The table with its caption."
-    table.attrs["caption"] = f"{text}.\n{budget_line(runs)}"
+    "The table with its caption: what it shows, what its intervals leave out, whether the budget is admissible, and the rows."
+    intervals = any(table[c].notna().any() for c in table if c.endswith("_low"))
+    notes = " ".join(filter(None, [interval_text(shown) if intervals else "", admissible_text(runs)]))
+    table.attrs["caption"] = "\n".join(filter(None, [f"{text}.", notes, budget_line(shown)]))
     return table
+
 
 # %% ../nbs/08_figures.ipynb #08-figures-046
 def admissible_text(runs: pd.DataFrame) -> str:
-    "Whether the budget is admissible (protocol, section 3): the baseline's training IoU exceeds 0.5 for every class; empty without rows of it."
-    own, classes = matching(runs, method="baseline"), classes_of(read_counts(runs.iloc[0]))
+    "Whether the budget is admissible (protocol, section 3): the baseline's training IoU exceeds 0.5 for every class, in every fold; empty without rows of it."
+    own = matching(runs, method="baseline")
     if own.empty: return ""
-    each = own.groupby("encoder")[[f"train_iou_{c}" for c in classes]].mean().min()
-    verdict = "admissible by" if each.min() > 0.5 else "NOT ADMISSIBLE by"
-    return f". The budget is {verdict} the protocol: the baseline's lowest training IoU is {each.min():.2f} ({each.idxmin().removeprefix('train_iou_')})"
+    names = [f"train_iou_{c}" for c in classes_of(read_counts(own.iloc[0]))]
+    each = own.set_index(["encoder", "seed"])[names].astype(float).stack()
+    encoder, seed, name = each.idxmin()
+    verdict, where = "admissible by" if each.min() > 0.5 else "NOT ADMISSIBLE by", label_of(f"{name.removeprefix('train_iou_')} in fold {seed}", encoder, own)
+    return f"The budget is {verdict} the protocol: the baseline's lowest training IoU is {each.min():.2f} ({where})."
+
+
+# %% ../nbs/08_figures.ipynb #08-figures-047b
+def interval_text(
+    runs: pd.DataFrame,  # the rows that are shown
+) -> str:
+    "What intervals resample, and what they leave out."
+    own = runs[runs["split"] == "tile"].drop_duplicates("seed")
+    counts = pd.concat([read_counts(row) for _, row in own.iterrows()])
+    tiles = tile_counts(counts, classes_of(counts))["class"].value_counts().reindex(classes_of(counts), fill_value=0)
+    return f"Intervals resample {tiles.sum()} tiles, of {tiles.idxmin()} only {tiles.min()}; the noise of training is not included (one training per fold)."
+
 
 # %% ../nbs/08_figures.ipynb #08-figures-048
 def compared_methods(
@@ -281,7 +310,7 @@ def compared_methods(
     "Table 1 or 2."
     shown = pd.concat([matching(one_budget(runs), method=m) for m in methods])
     table = method_table(shown, methods, ["iou_macro", "iou_micro"], ["clean_alarm"])
-    return titled(with_printed(with_average(table), artifact), shown, METRIC_NOTE + admissible_text(runs))
+    return titled(with_printed(with_average(table), artifact), shown, METRIC_NOTE, runs)
 
 def table1(runs: pd.DataFrame) -> pd.DataFrame:
     "Table 1: methods by encoder, beside the printed values."
@@ -385,13 +414,9 @@ def table3_iou_per_class(runs: pd.DataFrame) -> pd.DataFrame:
     classes = classes_of(read_counts(shown.iloc[0]))
     names = [f"{kind}_{c}" for kind in ("iou", "iou_of_images") for c in classes]
     table = method_table(shown, methods, [], names)[["encoder", "method", *names, "folds"]]
-    return titled(table, shown, "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class")
+    return titled(table, shown, "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class", runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-067
-def label_of(what: str, encoder: str, table: pd.DataFrame) -> str:
-    "A label that names the encoder where the table has several."
-    return what if table["encoder"].nunique() == 1 else f"{what}, {encoder}"
-
 @in_style
 def forest(
     table: pd.DataFrame,  # with x, x_low, x_high and x_folds
@@ -408,7 +433,7 @@ def forest(
         ax.plot(row[name], y, "o", color="C0", markersize=5)
         fold_dots(ax, [float(d) for d in row[f"{name}_folds"].split()], y + 0.3)
     ax.set(yticks=range(len(shown)), yticklabels=labels, ylim=(max(len(shown), 1) - 0.3, -0.7), xlabel="difference in iou_macro")
-    return caption(figure, f"Difference in iou_macro: pooled over folds, with its 95 % interval from resampled tiles (bar), and in each fold (small dots).\n{table.attrs['caption'].splitlines()[-1]}")
+    return caption(figure, f"Difference in iou_macro: pooled over folds, with its 95 % interval from resampled tiles (bar), and in each fold (small dots).\n{table.attrs['caption'].split(chr(10), 1)[1]}")
 
 def table1_differences(runs: pd.DataFrame) -> Figure:
     "Table 1 as a picture: `dli` minus each other method."
@@ -567,7 +592,7 @@ def table5_weak_supervision(runs: pd.DataFrame) -> pd.DataFrame:
     shown = pd.concat([matching(one_budget(runs), method=m, fraction=f) for m in WEAK for f in fractions_of(runs)])
     each = [(shown[shown["encoder"] == e], m, f) for e in encoders_of(shown) for m in WEAK for f in fractions_of(shown)]
     table = pd.DataFrame([weak_row(own, m, f) for own, m, f in each if len(matching(own, method=m, fraction=f))])
-    return titled(table, shown, "IoU (iou_macro, pooled) by share of the training data, and its change relative to all of the data")
+    return titled(table, shown, "IoU (iou_macro, pooled) by share of the training data, and its change relative to all of the data", runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-088
 @in_style
@@ -617,7 +642,7 @@ def leakage_table(runs: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame([row for e, m in pairs for row in leak_rows(shown[shown["encoder"] == e], m)])
     table = table.assign(**{c: math.nan for c in ("leak_low", "leak_high") if c not in table})
     return titled(table, shown, "IoU pooled over folds, held-out images (the paper's random split) against held-out tiles; leak: their difference, with its 95 % interval "
-                  "from resampled tiles where all images were held out under both")
+                  "from resampled tiles where all images were held out under both", runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-096
 @in_style
@@ -647,7 +672,7 @@ PAIRS = {
 }
 
 def attribution_table(runs: pd.DataFrame) -> pd.DataFrame:
-    "Differences in `iou_macro` between methods that differ in one thing."
+    "Differences in `iou_macro` between methods that differ in one thing (`sampler` draws with replacement besides), and of the whole."
     shown = pd.concat([matching(one_budget(runs), method=m) for m in METHODS if m in {m for pair in PAIRS for m in pair}])
     rows = []
     for encoder in encoders_of(shown):
@@ -655,7 +680,7 @@ def attribution_table(runs: pd.DataFrame) -> pd.DataFrame:
         for (a, b), what in PAIRS.items():
             x, y = matching(own, method=a), matching(own, method=b)
             if len(x) and len(y): rows.append(dict(encoder=encoder, difference_of=f"{a} - {b}", what=what, **difference_columns("difference", x, y)))
-    return titled(pd.DataFrame(rows), shown, "Paired differences in iou_macro, 95 % interval from resampled tiles, and in each fold")
+    return titled(pd.DataFrame(rows), shown, "Paired differences in iou_macro, 95 % interval from resampled tiles, and in each fold; sampler draws with replacement, the others shuffle", runs)
 
 def attribution_figure(runs: pd.DataFrame) -> Figure:
     "`attribution_table` as a picture."
@@ -671,7 +696,7 @@ def policy_table(runs: pd.DataFrame) -> pd.DataFrame:
     shown = pd.concat([matching(one_budget(runs), method=m) for m in POLICIES])
     table = method_table(shown, POLICIES, ["iou_macro", "iou_micro", *CLEAN_SCORES])
     return titled(table, shown, "dli leaves clean images as they are once classes are equal, dli-all leaves none; pooled over folds, _mean: over folds with its deviation; "
-                  "clean_alarm: share of clean images with a predicted region; alarm_at_95: alarmed when 95 % of the defective ones are found; auroc_image: clean against defective")
+                  "clean_alarm: share of clean images with a predicted region; alarm_at_95: alarmed when 95 % of the defective ones are found; auroc_image: clean against defective", runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-105
 def score_panel(
@@ -714,6 +739,14 @@ def policy_figure(runs: pd.DataFrame) -> Figure:
 SHORTCUT = "baseline", "dli-cutpaste", "dli-poisson", "dli"
 SEAMS = {"clean_alarm": "0.6", "seam_alarm_cutpaste": "C0", "seam_alarm_poisson": "C9"}
 
+def seam_scores(
+    rows: pd.DataFrame,  # of one method and encoder
+) -> dict:  # score, and score_deviation
+    "Alarms without a patch, with one, and the rise over the run's own alarms without: mean and deviation over folds."
+    each = rows[[*SEAMS]].astype(float)
+    for n, blend in ((2, "cutpaste"), (4, "poisson")): each.insert(n, f"seam_rise_{blend}", each[f"seam_alarm_{blend}"] - each["clean_alarm"])
+    return {column: value for name in each for column, value in ((name, each[name].mean()), (f"{name}_deviation", each[name].std()))}
+
 def shortcut_table(runs: pd.DataFrame) -> pd.DataFrame:
     "Alarms on clean tiles as they are, and with a clean patch cut-pasted or blended into each: mean and deviation over folds."
     shown = pd.concat([matching(one_budget(runs), method=m) for m in SHORTCUT])
@@ -721,9 +754,9 @@ def shortcut_table(runs: pd.DataFrame) -> pd.DataFrame:
     for encoder in encoders_of(shown):
         for m in SHORTCUT:
             own = matching(shown[shown["encoder"] == encoder], method=m)
-            spread = {column: value for name in SEAMS for column, value in ((name, own[name].astype(float).mean()), (f"{name}_deviation", own[name].astype(float).std()))}
-            if len(own): rows.append(dict(encoder=encoder, method=m, **spread, folds=len(own)))
-    return titled(pd.DataFrame(rows), shown, "Share of clean held-out images with a predicted region: as they are, and with a clean patch cut-pasted or blended by Poisson into each")
+            if len(own): rows.append(dict(encoder=encoder, method=m, **seam_scores(own), folds=len(own)))
+    return titled(pd.DataFrame(rows), shown, "Share of clean held-out images with a predicted region: as they are, and with a clean patch cut-pasted or blended by Poisson into each; "
+                  "seam_rise: what alarms beyond the run's own clean_alarm, at the patch; baseline never saw a pasted patch", runs)
 
 @in_style
 def shortcut_figure(runs: pd.DataFrame) -> Figure:
@@ -735,9 +768,11 @@ def ladder_rows(runs: pd.DataFrame) -> list[dict]: # of one encoder
     "A row per rung that has been trained, with its difference to the rung before. The last rung is trained as the one before, and reported otherwise."
     rungs, table = [(label, rows) for label, changes in LADDER if len(rows := matching(runs, **changes))], []
     for n, (label, rows) in enumerate(rungs):
+        before = rungs[max(n - 1, 0)][1]
+        if set(before["threshold"]) != set(rows["threshold"]): before = rows[:0]  # scored on other truths: nothing to compare
         own, best = score_columns(rows, ["iou_macro"]), rows["best_iou_macro_selected_on_val"].astype(float).mean()
         table.append(dict(encoder=rows["encoder"].iloc[0], change=label, reported=own["iou_macro_mean"] if label == LADDER[-1][0] else best,
-                          **own, **difference_columns("step", rows, rungs[max(n - 1, 0)][1]), folds=len(rows)))
+                          **own, **difference_columns("step", rows, before), folds=len(rows)))
     return table
 
 def ladder_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -746,7 +781,8 @@ def ladder_table(runs: pd.DataFrame) -> pd.DataFrame:
     shown = shown[~shown.index.duplicated()]
     table = pd.DataFrame([row for e in encoders_of(shown) for row in ladder_rows(shown[shown["encoder"] == e])])
     return titled(table, shown, "From the authors' recipe to ours, one change a row, each kept in the rows below; reported: mean over folds of the best evaluation of a run, selected on the very images it is "
-                  "reported on, and in the last row of the last step; iou_macro: at the last step, pooled; step: its difference to the row above. The first row is scored on masks > 0")
+                  "reported on, and in the last row of the last step; iou_macro: at the last step, pooled; step: its difference to the row above. The first row is scored on masks > 0, the others on "
+                  "masks > 127: between them there is no difference to tell", runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-116
 @in_style
@@ -936,9 +972,11 @@ def markdown_text(table: pd.DataFrame) -> str:
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{table.attrs.get('caption', '')}\n"
 
+LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+
 def latex_text(table: pd.DataFrame) -> str:
     "The same in LaTeX (booktabs)."
-    text = table.to_latex(index=False, escape=True, caption=table.attrs.get("caption", "").replace("_", r"\_").replace("%", r"\%"))
+    text = table.to_latex(index=False, escape=True, caption=table.attrs.get("caption", "").translate(LATEX))
     return text.replace("±", r"$\pm$")
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
@@ -971,9 +1009,9 @@ def save_artifact(
 
 # %% ../nbs/08_figures.ipynb #08-figures-138
 def unlisted_configs(preset: str, encoders: Sequence[str], seeds: Sequence[int]) -> list[RunConfig]:
-    "Configs of the methods that no study names: their rows are shown where there are any."
+    "Configs whose rows are taken where there are any: of methods that no study names, which are shown, and of `baseline`, which judges the budget."
     named = set().union(*(study_methods(s) for s in STUDIES))
-    return [RunConfig(method=m, preset=preset, encoder=e, seed=s) for m in METHODS if m not in named for e in encoders for s in seeds]
+    return [RunConfig(method=m, preset=preset, encoder=e, seed=s) for m in METHODS if m not in named or m == "baseline" for e in encoders for s in seeds]
 
 def missing_text(
     configs: list[RunConfig],  # without rows
