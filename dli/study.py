@@ -367,7 +367,7 @@ def run_elsewhere(job: Job) -> dict[str, bytes]: # `FILES`
 def ray_cluster():
     "Ray, connected to the cluster at RAY_ADDRESS or that this machine belongs to, else to one of this machine alone. Raises ImportError where Ray is not installed."
     try: import ray
-    except ImportError as e: raise ImportError("engine='ray' needs Ray, which is not installed: pip install 'dli[ray]'") from e
+    except ImportError as e: raise ImportError("engine='ray' needs Ray, which is not installed: pip install '.[ray]' in a clone of this project") from e
     connected = ray.is_initialized()
     if not connected: ray.init(log_to_driver=False)
     try: yield ray

@@ -585,7 +585,7 @@ def test_costs_by_number_of_machines():
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'dli\[ray\]'"): run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
+    with pytest.raises(ImportError, match=r"pip install '\.\[ray\]' in a clone"): run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
 
 
 @pytest.fixture
