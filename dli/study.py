@@ -6,11 +6,11 @@
 __all__ = ['RESULTS', 'FILES', 'REQUIRED', 'OPTIONAL', 'PREFIXES', 'TIMES', 'CHANGES', 'LADDER', 'FRACTIONS', 'STUDIES',
            'PROCESSES', 'Failure', 'GPU_SHARE', 'RETRIES', 'ENGINES', 'read_counts', 'row_config', 'check_fields',
            'check_scores', 'read_run', 'read_store', 'what', 'load_runs', 'one_recipe', 'small_files', 'store_files',
-           'publish', 'configs_of', 'methods', 'ladder', 'study_configs', 'stores_of', 'missing', 'Job', 'job_of', 'do',
-           'end_with_parent', 'work', 'for_children', 'Child', 'start', 'steps_done', 'Bar', 'run_local',
-           'default_jobs', 'run_elsewhere', 'ray_cluster', 'ray_task', 'receive', 'run_ray', 'FailedRuns', 'tidy',
-           'finished_runs', 'run_matrix', 'projected_seconds', 'makespan', 'projected_cost', 'parser', 'dry_run',
-           'main']
+           'publish', 'configs_of', 'methods', 'settings', 'ladder', 'study_configs', 'stores_of', 'missing', 'Job',
+           'job_of', 'do', 'end_with_parent', 'work', 'for_children', 'Child', 'start', 'steps_done', 'Bar',
+           'run_local', 'default_jobs', 'run_elsewhere', 'ray_cluster', 'ray_task', 'receive', 'run_ray', 'FailedRuns',
+           'tidy', 'finished_runs', 'run_matrix', 'projected_seconds', 'makespan', 'projected_cost', 'parser',
+           'dry_run', 'main']
 
 # %% ../nbs/07_study.ipynb #07-study-003
 import argparse, heapq, json, math, multiprocessing, os, shutil, signal, sys, tempfile, threading, traceback, warnings
@@ -176,14 +176,18 @@ def methods(*names: str, **same) -> list[dict]:
 CHANGES = [("masks above 127", dict(threshold=127)), ("Dice per image", dict(dice="image")), ("exact region", dict(region="exact")), ("label not grown", dict(grow_label=False)),
            ("source gradients", dict(mix_gradients=False)), ("uniform", dict(fill="uniform"))]
 
+def settings(row: dict) -> dict:
+    "What a row of a study comes to, whatever its method is called."
+    return asdict(RunConfig(**row)) | dict(method=None)
+
 def ladder() -> list[tuple[str, dict]]:
     "Label and config of every rung."
     rung = dict(method="dli", threshold=METHODS["dli-authors"].threshold, dice=METHODS["dli-authors"].dice, **METHODS["dli-authors"].inject)
     rungs = [("authors", dict(method="dli-authors"))]
     for label, change in CHANGES:
         rung = rung | change
-        rungs.append((label, rung))
-    return [*rungs, ("last step", rung)]
+        rungs.append((label, next((row for row in methods("dli-all", "dli") if settings(row) == settings(rung)), rung)))
+    return [*rungs, ("last step", rungs[-1][1])]
 
 LADDER = ladder()
 

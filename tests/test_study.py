@@ -292,9 +292,14 @@ def test_weak_and_leakage_are_the_protocols():
 def test_the_ladder_changes_one_thing_a_rung():
     rungs = [asdict(RunConfig(**row)) for _, row in LADDER]
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(rungs)]
-    assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"mix_gradients"}, {"fill"}, set()]
+    assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"method", "mix_gradients"}, {"method", "fill"}, set()]
     assert rungs[0] == asdict(RunConfig(method="dli-authors")) and rungs[-1] == asdict(RunConfig())
     assert [RunConfig(**row) for _, row in LADDER[:-1]] == STUDIES["ladder"]("quick", ["efficientnet_lite0"], [0])
+
+
+def test_no_training_runs_twice_under_two_names():
+    kept = [asdict(c) for c in study_configs(STUDIES, "quick", ["efficientnet_lite0"], [0]) if c.method in ("dli", "dli-all")]
+    for a, b in itertools.combinations(kept, 2): assert a | dict(method="") != b | dict(method="")
 
 
 @given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(4)), st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
