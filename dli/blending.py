@@ -126,7 +126,7 @@ def find_residual(
     x: torch.Tensor,  # (n, C, H, W)
     b: torch.Tensor,  # like x
 ) -> torch.Tensor:  # like x, 0 outside the region
-    "b less the left side of the equations."
+    "b minus the left side of the equations."
     return level.inside * (b + sum_neighbours(x)) - level.degree * x
 
 # %% ../nbs/01_blending.ipynb #01-blending-050
@@ -341,25 +341,25 @@ def gather_residual(
 # %% ../nbs/01_blending.ipynb #01-blending-088
 @compiled
 def clear(x):
-    "Set to 0."
+    "Set x (n,) to 0."
     for i in range(len(x)): x[i] = 0
 
 
 @compiled
 def add_scaled(x, y, factor):
-    "x += factor * y"
+    "x += factor * y, both (n,)."
     for i in range(len(x)): x[i] += factor * y[i]
 
 
 @compiled
 def scale_and_add(x, factor, y):
-    "x = factor * x + y"
+    "x = factor * x + y, both (n,)."
     for i in range(len(x)): x[i] = factor * x[i] + y[i]
 
 # %% ../nbs/01_blending.ipynb #01-blending-089
 @compiled
 def scalar_product(x, y):
-    "The sum of x * y."
+    "The sum of x * y, both (n,)."
     total = np.float32(0)
     for i in range(len(x)): total += x[i] * y[i]
     return total
@@ -367,7 +367,7 @@ def scalar_product(x, y):
 
 @compiled
 def all_within(x, bound):
-    "Is no value further from 0? (NaN is.)"
+    "Is no value of x (n,) further from 0 than bound? (NaN is.)"
     beyond = 0
     for i in range(len(x)): beyond += 0 if abs(x[i]) <= bound else 1
     return beyond == 0
@@ -740,7 +740,7 @@ POISSON_DTYPES = (torch.uint8, torch.float32, torch.float64)
 
 
 def check_poisson(dst: torch.Tensor, src: torch.Tensor, mask: torch.Tensor) -> None:
-    "`check_blend`, and a type that can be solved for."
+    "`check_blend`, and a type that can be solved for; raises ValueError for any other."
     check_blend(dst, src, mask)
     if dst.dtype not in POISSON_DTYPES:
         raise ValueError(f"dst: expected one of {', '.join(map(str, POISSON_DTYPES))}, got {dst.dtype}; convert the images first")

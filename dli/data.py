@@ -9,7 +9,7 @@ __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'O
            'list_images', 'expected_files', 'class_folder', 'missing_files', 'extra_files', 'explain_difference',
            'changed_files', 'find_problems', 'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'open_remote',
            'download', 'leaves_folder', 'unpack', 'install_archive', 'fetch_magnetic_tiles', 'decode', 'decode_all',
-           'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'marks', 'blob', 'clean_surface', 'blowhole',
+           'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks', 'clean_surface', 'blowhole',
            'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph', 'synthetic_counts',
            'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset', 'dataset_table', 'assign_folds',
            'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
@@ -475,21 +475,6 @@ def edge_shade(
         shade[distance < width] *= 0.25
     return shade
 
-# %% ../nbs/00_data.ipynb #00-data-082
-def marks(
-    rng: np.random.Generator,  # consumed
-    side: int,  # pixels
-) -> np.ndarray:  # float32 (side, side), factor on the brightness
-    "Faint scratches and stains, a few on each tile."
-    shade = np.ones((side, side), np.float32)
-    for _ in range(rng.integers(0, 5)):
-        a, b = rng.uniform(0, side, 2), rng.normal(0, 0.15 * side, 2)
-        cv2.line(shade, a.astype(int).tolist(), (a + b).astype(int).tolist(), float(rng.uniform(0.82, 1.18)), 1, cv2.LINE_AA)
-    for _ in range(rng.integers(0, 4)):
-        stain = blob(rng, side, rng.uniform(0.1, 0.9, 2), rng.uniform(0.01, 0.05, 2), 0.4)
-        shade *= 1 - rng.uniform(0.05, 0.22) * cv2.GaussianBlur(stain.astype(np.float32), (0, 0), 0.008 * side + 0.5)
-    return shade
-
 # %% ../nbs/00_data.ipynb #00-data-083
 def blob(
     rng: np.random.Generator,  # consumed
@@ -505,6 +490,21 @@ def blob(
     points = side * (np.asarray(centre) + radius * np.asarray(radii) * np.stack([np.cos(angle), np.sin(angle)], 1))
     return cv2.fillPoly(np.zeros((side, side), np.uint8), [points.round().astype(np.int32)], 1) > 0
 
+# %% ../nbs/00_data.ipynb #00-data-082
+def marks(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # float32 (side, side), factor on the brightness
+    "Faint scratches and stains, a few on each tile."
+    shade = np.ones((side, side), np.float32)
+    for _ in range(rng.integers(0, 5)):
+        a, b = rng.uniform(0, side, 2), rng.normal(0, 0.15 * side, 2)
+        cv2.line(shade, a.astype(int).tolist(), (a + b).astype(int).tolist(), float(rng.uniform(0.82, 1.18)), 1, cv2.LINE_AA)
+    for _ in range(rng.integers(0, 4)):
+        stain = blob(rng, side, rng.uniform(0.1, 0.9, 2), rng.uniform(0.01, 0.05, 2), 0.4)
+        shade *= 1 - rng.uniform(0.05, 0.22) * cv2.GaussianBlur(stain.astype(np.float32), (0, 0), 0.008 * side + 0.5)
+    return shade
+
 # %% ../nbs/00_data.ipynb #00-data-084
 def clean_surface(
     rng: np.random.Generator,  # consumed
@@ -517,13 +517,19 @@ def clean_surface(
     return (light * grain * edge_shade(rng, side) * marks(rng, side)).astype(np.float32)
 
 # %% ../nbs/00_data.ipynb #00-data-087
-def blowhole(rng, side):
+def blowhole(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # bool (side, side)
     "A small hole somewhere inside."
     radius = np.sqrt(np.clip(rng.lognormal(np.log(0.15), 0.6), 0.03, 0.9) / 100 / np.pi)
     return blob(rng, side, rng.uniform(0.1, 0.9, 2), radius * rng.uniform(0.75, 1.3, 2), 0.12)
 
 # %% ../nbs/00_data.ipynb #00-data-088
-def broken_edge(rng, side):
+def broken_edge(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # bool (side, side)
     "A chip out of an edge or a corner."
     at = [rng.uniform(0.05, 0.95), rng.choice([0.035, 0.965])]
     if rng.random() < 0.4: at[0] = rng.choice([0.035, 0.965])
@@ -531,7 +537,10 @@ def broken_edge(rng, side):
     return blob(rng, side, rng.permutation(at), radius * rng.uniform(0.6, 1.6, 2), 0.3)
 
 # %% ../nbs/00_data.ipynb #00-data-089
-def crack(rng, side):
+def crack(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # bool (side, side)
     "A thin meandering line along the grinding direction, mostly from an edge."
     steps = 24
     y = np.linspace(0, rng.uniform(0.1, 0.55), steps)
@@ -542,7 +551,10 @@ def crack(rng, side):
     return cv2.polylines(np.zeros((side, side), np.uint8), [points], False, 1, width) > 0
 
 # %% ../nbs/00_data.ipynb #00-data-090
-def fray(rng, side):
+def fray(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # bool (side, side)
     "A tall region in the middle that the grinding wheel never touched."
     area = 0.005 + 0.48 * rng.beta(0.8, 1.5)
     tall = rng.uniform(1.3, 2.2)
@@ -550,7 +562,10 @@ def fray(rng, side):
     return blob(rng, side, (rng.uniform(0.35, 0.65), rng.uniform(0.3, 0.7)), (radius, min(radius * tall, 0.6)), 0.08)
 
 # %% ../nbs/00_data.ipynb #00-data-091
-def uneven(rng, side):
+def uneven(
+    rng: np.random.Generator,  # consumed
+    side: int,  # pixels
+) -> np.ndarray:  # bool (side, side)
     "A part that was ground differently: a band across the tile, or a patch."
     y, x = np.mgrid[0:side, 0:side] / side
     wave = 0.02 * np.cumsum(rng.normal(0, 1, side)) / np.sqrt(side) + rng.uniform(-0.1, 0.1) * (x[0] - 0.5)

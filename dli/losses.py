@@ -30,7 +30,12 @@ def one_hot(
 class BinaryCrossEntropy(torch.autograd.Function):
     "`F.binary_cross_entropy_with_logits`, weighted, the mean: the same gradient to the bit, the value without `log1p`, which is slow on the CPU."
     @staticmethod
-    def forward(ctx, logits, target, weight):
+    def forward(
+        ctx,
+        logits: torch.Tensor,  # (B, K, H, W)
+        target: torch.Tensor,  # (B, K, H, W)
+        weight: torch.Tensor | None,  # broadcastable to the logits
+    ) -> torch.Tensor:  # scalar
         ctx.save_for_backward(logits, target, weight)
         cost = logits.abs().neg_().exp_().add_(1).log_()  # log(1 + exp(-|z|)), in place
         cost = cost.add_(logits.clamp(min=0)).addcmul_(logits, target, value=-1)
