@@ -684,7 +684,7 @@ def leakage_figure(runs: pd.DataFrame) -> Figure:
     axes[0, 0].invert_yaxis()
     kinds = [Line2D([], [], color="0.3", marker="o", linestyle="", markersize=5, markerfacecolor=face, label=label) for face, label in (("0.3", "tiles held out"), ("white", "images held out (the paper's random split)"))]
     figure.legend(handles=kinds, loc="outside upper right", ncols=2)
-    return caption(figure, f"IoU of each class, pooled over folds, and the mean of the classes (iou_macro, black): the longer a line, the more of it is the same tile seen in training.\n{notes_of(table)}")
+    return caption(figure, f"IoU of each class, pooled over folds, and the mean of the classes (iou_macro, black). Unless all five folds are there, the two splits hold out different images.\n{notes_of(table)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-099
 PAIRS = {
