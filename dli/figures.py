@@ -634,7 +634,7 @@ def fig5_weak_supervision(runs: pd.DataFrame) -> Figure:
         row[1].legend()
     for ax in axes[-1]: ax.set(xlabel="share of the training data, %", xticks=100 * table["fraction"].unique())
     stars = " Stars: the paper's, of Eq. 8 (our iou_micro), on a random split of images and with other encoders." * bool(table["printed_drop"].notna().any())
-    return caption(figure, f"Left: iou_macro, pooled over folds, by share of the training data; right: its change relative to all of the data.{stars}\n{notes_of(table)}")
+    return caption(figure, f"Left: iou_macro, pooled over folds, by share of the training data; right: its change relative to all of the data; intervals are in the table.{stars}\n{notes_of(table)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-093
 def both_splits(runs: pd.DataFrame) -> list[tuple[str, str]]: # encoder, method

@@ -833,12 +833,9 @@ def complete(config: RunConfig, folder: Path, progress: bool):
     write_whole(folder / "row.json", json.dumps(make_row(config, done, train, val), indent=1).encode())
 
 def read_row(folder: Path) -> dict:
-    "The row of a finished run. Raises ValueError where it is damaged or another run's: it is never overwritten."
-    path, key = folder / "row.json", folder.name.rpartition("-")[2]
-    try: row = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f"{path} can't be read ({e}): delete it to train again") from e
-    if not isinstance(row, dict) or row.get("key") != key: raise ValueError(f"{path} is not the row of this run (key {key}): delete it to train again")
-    return row
+    "The row of a finished run. Raises ValueError where it is damaged: it is never overwritten."
+    try: return json.loads((folder / "row.json").read_text())
+    except ValueError as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
 
 # %% ../nbs/06_training.ipynb #06-training-142
 def run(config: RunConfig,      # what to do
@@ -850,6 +847,8 @@ def run(config: RunConfig,      # what to do
         with locked(folder):
             if not (folder / "row.json").exists(): complete(config, folder, progress)
     row = read_row(folder)
+    if not isinstance(row, dict) or row.get("key") != run_key(config):
+        raise ValueError(f"{folder / 'row.json'} is not the row of this run (key {run_key(config)}): delete it to train again")
     if config.dataset == "auto" and row["source"] == "synthetic" and find_magnetic_tiles():
         warnings.warn(f"this run was trained on SYNTHETIC tiles, when the dataset was not to be had. Now it is: delete {folder} to train on it")
     for name in (*CHECKPOINTS, "lock"): (folder / name).unlink(missing_ok=True)
