@@ -992,6 +992,7 @@ def window_side(*masks: np.ndarray) -> int: # pixels
     extents = [v.max() - v.min() + 1 for mask in masks for v in np.nonzero(mask)]
     return min(min(masks[0].shape), max(2 * int(max(extents)), min(masks[0].shape) // 3))
 
+# %% ../nbs/08_figures.ipynb #08-figures-129a
 def draw_blends(
     axs: Sequence[plt.Axes],  # five panels
     train: Samples,
