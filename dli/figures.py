@@ -11,15 +11,15 @@ __all__ = ['BUDGET', 'CHOICES', 'METRIC_NOTE', 'STYLE', 'WEAK', 'LINES', 'PAIRS'
            'judging_rows', 'admissible_text', 'interval_text', 'compared_methods', 'table1', 'table2', 'in_style',
            'caption', 'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class',
            'table3_iou_per_class', 'forest', 'table1_differences', 'chosen_images', 'read_regions', 'photographs_of',
-           'draw_outline', 'draw_regions', 'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor',
-           'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_row',
-           'table5_weak_supervision', 'fig5_weak_supervision', 'both_splits', 'leak_rows', 'leakage_table',
-           'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows',
-           'score_panels', 'policy_figure', 'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_rows',
-           'ladder_table', 'draw_reported', 'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text',
-           'fig2_histogram', 'telling_step', 'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline',
-           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'markdown_text',
-           'latex_text', 'save_table', 'save_figure', 'save_artifact', 'unlisted_configs', 'missing_text', 'study_runs',
+           'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor', 'fig4_qualitative',
+           'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_row', 'table5_weak_supervision',
+           'fig5_weak_supervision', 'both_splits', 'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table',
+           'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows', 'score_panels', 'policy_figure',
+           'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_rows', 'ladder_table', 'draw_reported',
+           'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step',
+           'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline',
+           'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'markdown_text', 'latex_text',
+           'save_table', 'save_figure', 'save_artifact', 'unlisted_configs', 'missing_text', 'study_runs',
            'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
@@ -35,17 +35,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 
 from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, load_dataset
 from .injection import DonorPool, DynamicLabelInjection, InjectionPlan, class_presence, draw_plan
-from .metrics import Comparison, compare, scores, tile_counts
+from .metrics import Comparison, compare, pooled_iou, scores, tile_counts
 from .models import ENCODERS
 from .study import LADDER, RESULTS, STUDIES, load_runs, missing, one_recipe, read_counts, run_matrix, study_configs
-from .training import INJECTION, METHODS, PRESETS, RunConfig, as_batch, chance, median_images, project_root, run_key, run_name, shuffled
+from .training import INJECTION, METHODS, PRESETS, RunConfig, as_batch, chance, draw_regions, median_images, project_root, run_key, run_name, shuffled
 
 # %% ../nbs/08_figures.ipynb #08-figures-012
 def printed_values(
@@ -481,32 +480,9 @@ def photographs_of(runs: pd.DataFrame) -> Samples:
     return load_dataset(first["source"], size=int(first["image_size"]))
 
 # %% ../nbs/08_figures.ipynb #08-figures-075
-def draw_outline(ax: plt.Axes, mask: np.ndarray) -> None:
-    "The truth as a thin white line: its class has the colour of the region."
-    padded = np.pad(mask > 0, 1)
-    edges = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
-    if padded.any(): ax.contour(*edges, padded, levels=[0.5], colors="white", linewidths=0.6, zorder=0.5)
-
-def draw_regions(
-    ax: plt.Axes,  # drawn into
-    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
-    mask: np.ndarray,  # uint8 (H, W), the truth
-    regions: np.ndarray | None = None,  # bool (K, H, W); None: the photograph alone
-) -> None:
-    "A photograph, the outline of the truth, and filled regions."
-    ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    if regions is None: return
-    for k, layer in enumerate(regions):
-        if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=ListedColormap([f"C{k + 1}"]), alpha=0.75, interpolation="nearest", zorder=1)
-    draw_outline(ax, mask)
-
-def image_iou(row: pd.Series, name: str, kind: str) -> float:
-    "IoU of an image's own class; NaN where nothing is true and nothing predicted."
-    counts = read_counts(row).set_index("name").loc[name]
-    tp, wrong = counts[f"tp_{kind}"], counts[f"fp_{kind}"] + counts[f"fn_{kind}"]
-    return float(tp / (tp + wrong)) if tp + wrong else math.nan
+def image_iou(row: pd.Series, name: str, kind: str) -> float | None:
+    "IoU of an image's own class; None where nothing is true and nothing predicted."
+    return pooled_iou(read_counts(row).query("name == @name"), [kind])
 
 # %% ../nbs/08_figures.ipynb #08-figures-076
 def comparable(

@@ -12,9 +12,9 @@ __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 
            'loss_of_batch', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole',
            'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore',
            'resume', 'evaluation_steps', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images',
-           'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams',
-           'project_root', 'run_folder', 'code_commit', 'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run',
-           'load_model', 'notebook_config']
+           'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches',
+           'with_patches', 'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'make_row', 'locked',
+           'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -708,22 +708,41 @@ def median_images(counts: pd.DataFrame, classes: tuple[str, ...]) -> list[int]:
         chosen.append(iou.sort_values(kind="stable").index[(len(rows) - 1) // 2])
     return chosen
 
+# %% ../nbs/06_training.ipynb #06-training-119b
+def draw_outline(ax: plt.Axes, mask: np.ndarray) -> None:
+    "The truth as a thin white line: its class has the colour of the region."
+    padded = np.pad(mask > 0, 1)
+    edges = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
+    if padded.any(): ax.contour(*edges, padded, levels=[0.5], colors="white", linewidths=0.6, zorder=0.5)
+
+def draw_regions(
+    ax: plt.Axes,  # drawn into
+    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
+    mask: np.ndarray,  # uint8 (H, W), the truth
+    regions: np.ndarray | None = None,  # bool (K, H, W); None: the photograph alone
+) -> None:
+    "A photograph, the outline of the truth, and filled regions."
+    ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    if regions is None: return
+    for k, layer in enumerate(regions):
+        if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=ListedColormap([f"C{k + 1}"]), alpha=0.75, interpolation="nearest", zorder=1)
+    draw_outline(ax, mask)
+
 # %% ../nbs/06_training.ipynb #06-training-120
 def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, dtype: torch.dtype = torch.float32):
-    "The median image of every class and the first clean one: photograph with the true outline, predicted regions, both in class colours. Returns the figure."
+    "The median image of every class and the first clean one: the true regions, and below the predicted ones. Returns the figure."
     index = median_images(counts, samples.classes) + list(np.flatnonzero(samples.clean)[:1])
-    images, masks = as_batch(samples, index, next(model.parameters()).device)
-    found = (predict(model, images, dtype) > 0).cpu()
+    found = (predict(model, as_batch(samples, index, next(model.parameters()).device)[0], dtype) > 0).cpu().numpy()
     figure, axes = plt.subplots(2, len(index), figsize=(1.5 * len(index), 3.4), dpi=80, layout="constrained", squeeze=False)
-    for column, (i, mask, regions) in enumerate(zip(index, masks.cpu(), found)):
-        truth = [mask == k + 1 for k in range(len(samples.classes))]
-        for ax, layers in zip(axes[:, column], (truth, regions)):
-            ax.imshow(samples.images[i], cmap="gray", vmin=0, vmax=255); ax.set_axis_off()
-            for k, layer in enumerate(layers):
-                if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=ListedColormap([f"C{k + 1}"]), alpha=0.55, interpolation="nearest")
-        axes[0, column].set_title(f"{samples.table['class'][i]}\n{samples.table['name'][i]}", fontsize=7)
+    for (above, below), i, regions in zip(axes.T, index, found):
+        image, mask = samples.images[i], samples.masks[i]
+        draw_regions(above, image, np.zeros_like(mask), np.stack([mask == k + 1 for k in range(len(samples.classes))]))
+        draw_regions(below, image, mask, regions)
+        above.set_title(f"{samples.table['class'][i]}\n{samples.table['name'][i]}", fontsize=7)
     handles = [Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(samples.classes)]
-    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below", title_fontsize=7)
+    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below, with the truth's outline", title_fontsize=7)
     return figure
 
 # %% ../nbs/06_training.ipynb #06-training-122
