@@ -80,7 +80,7 @@ def check_counts(
 def pixel_weights(
     pixels_per_class: Sequence[int],  # (K,) defect pixels in the training masks
 ) -> list[float]:  # (K,), sum 1
-    "`wce`: (1 - p_c) / (C - 1), p_c the class's share of the defect pixels. A single class has weight 1."
+    "`wce`: (1 - p_c) / (C - 1), p_c the class's share of the defect pixels. A single class has weight 1. Raises ValueError for counts that are negative or all zero."
     pixels = check_counts(pixels_per_class, "pixels_per_class")
     if len(pixels) == 1: return [1.0]
     return ((1 - pixels / pixels.sum()) / (len(pixels) - 1)).tolist()
@@ -90,7 +90,7 @@ def image_weights(
     images_per_class: Sequence[int],  # (K,) training images of each class
     beta: float = 0.9999,  # in (0, 1): near 0 all weigh alike, near 1 the weight is 1 / n_c
 ) -> list[float]:  # (K,), sum 1
-    "`balanced`: (1 - beta) / (1 - beta^n_c), scaled (Cui et al. 2019, Eq. 2). A class without images has weight 0."
+    "`balanced`: (1 - beta) / (1 - beta^n_c), scaled (Cui et al. 2019, Eq. 2). A class without images has weight 0. Raises ValueError for counts that are negative or all zero."
     images = check_counts(images_per_class, "images_per_class")
     weights = torch.where(images > 0, (1 - beta) / (1 - beta ** images), 0.0)
     return (weights / weights.sum()).tolist()

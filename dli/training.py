@@ -43,8 +43,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import dli
-from .data import Samples, find_magnetic_tiles, load_dataset, show_samples, split_samples
-from .injection import DonorPool, DynamicLabelInjection
+from .data import DATASETS, PROTOCOLS, Samples, find_magnetic_tiles, load_dataset, show_samples, split_samples
+from .injection import CHOICES, DonorPool, DynamicLabelInjection
 from .losses import make_loss
 from .metrics import count_batch, counts_table, scores
 from .models import ENCODERS, lightweight_unet
@@ -145,10 +145,9 @@ def _check_choices(self: RunConfig):
     _one_of("method", self.method, METHODS)
     _one_of("encoder", self.encoder, ENCODERS)
     _one_of("preset", self.preset, PRESETS)
-    _one_of("dataset", self.dataset, ("auto", "magnetic-tiles", "synthetic"))
-    _one_of("split", self.split, ("tile", "image"))
-    _one_of("fill", self.fill, (None, "uniform", "all"))
-    _one_of("region", self.region, (None, "exact", "image"))
+    _one_of("dataset", self.dataset, DATASETS)
+    _one_of("split", self.split, PROTOCOLS)
+    for name in ("fill", "region"): _one_of(name, getattr(self, name), (None, *CHOICES[name]))
     for name in ("mix_gradients", "grow_label"): _one_of(name, getattr(self, name), (None, False, True))
     _one_of("dice", self.dice, (None, "image", "batch"))
     fixed = METHODS[self.method].inject
