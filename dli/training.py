@@ -8,13 +8,13 @@ __all__ = ['METHODS', 'PRESETS', 'RECIPE', 'INJECTION', 'DRAWN', 'MEAN', 'STD', 
            'balanced_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips', 'default_device',
            'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients',
            'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock',
-           'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss', 'run_injection', 'run_model', 'rate',
-           'loss_of_batch', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score', 'write_whole',
-           'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore',
-           'resume', 'evaluation_steps', 'explained', 'keep', 'show_progress', 'fit', 'plot_curve', 'median_images',
-           'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches',
-           'with_patches', 'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'make_row', 'locked',
-           'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
+           'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss', 'run_injection', 'run_model',
+           'learning_rate', 'loss_of_batch', 'train_step', 'batches', 'Fit', 'begin', 'timed', 'advance', 'score',
+           'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint', 'read_checkpoint',
+           'restore', 'resume', 'evaluation_steps', 'explained', 'save_state', 'show_progress', 'fit', 'plot_curve',
+           'median_images', 'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions',
+           'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'make_row',
+           'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -455,7 +455,7 @@ def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Mod
     if device.type == "cpu" and network_dtype(device) == torch.bfloat16: float32_depthwise_gradients(model)
     return fold_decoder(slice_attention(model)).to(device, memory_format=memory_format(config.encoder, device))
 
-def rate(config: RunConfig, step: int) -> float:
+def learning_rate(config: RunConfig, step: int) -> float:
     "Adam's rate at a step (counted from 0): linear warm-up, then a cosine to zero (Sec. 4.2)."
     warmup = PRESETS[config.preset].warmup * config.steps
     if step < warmup: return config.lr * (step + 1) / (warmup + 1)
@@ -528,14 +528,14 @@ def timed(seconds: dict, what: str):
 # %% ../nbs/06_training.ipynb #06-training-088
 def advance(done: Fit, loss: nn.Module, images: torch.Tensor, masks: torch.Tensor):
     "Take the next step of a run on a batch."
-    for group in done.optimizer.param_groups: group["lr"] = rate(done.config, done.step)
+    for group in done.optimizer.param_groups: group["lr"] = learning_rate(done.config, done.step)
     with timed(done.seconds, "steps"): done.losses.append(train_step(done.model, loss, done.optimizer, images, masks, done.dtype))
     done.step += 1
 
 def score(done: Fit, val: Samples):
     "Score the validation images and add a line to the curve."
     with timed(done.seconds, "evaluations"): done.counts = evaluate(done.model, val, done.dtype)
-    done.curve.append(dict(step=done.step, seconds=done.seconds["total"], rate=rate(done.config, done.step - 1), loss=float(np.mean(done.losses)), **scores(done.counts, val.classes)))
+    done.curve.append(dict(step=done.step, seconds=done.seconds["total"], rate=learning_rate(done.config, done.step - 1), loss=float(np.mean(done.losses)), **scores(done.counts, val.classes)))
     done.losses = []
 
 # %% ../nbs/06_training.ipynb #06-training-091
@@ -645,11 +645,11 @@ def explained(done: Fit, folder: Path | None):
     where = lambda: f"at step {done.step + 1} of {run_name(done.config)}"
     again = "" if folder is None else f"; call run again to continue from the last checkpoint in {folder}"
     try: yield
-    except FloatingPointError as e: raise FloatingPointError(f"{e} {where()} (rate {rate(done.config, done.step):.2g}): lower lr") from None
+    except FloatingPointError as e: raise FloatingPointError(f"{e} {where()} (rate {learning_rate(done.config, done.step):.2g}): lower lr") from None
     except KeyboardInterrupt: raise KeyboardInterrupt(f"stopped {where()}{again}") from None
 
 # %% ../nbs/06_training.ipynb #06-training-106
-def keep(done: Fit, folder: Path):
+def save_state(done: Fit, folder: Path):
     "Leave the curve so far and a checkpoint in the folder."
     with timed(done.seconds, "checkpoints"):
         if done.curve: write_whole(folder / "curve.csv", pd.DataFrame(done.curve).to_csv(index=False).encode())
@@ -682,7 +682,7 @@ def fit(config: RunConfig,
             check_finite(done)
             if done.step in stops: score(done, val); show_progress(bar, done)
             done.seconds["total"] = time.perf_counter() - zero
-            if folder is not None: keep(done, folder)
+            if folder is not None: save_state(done, folder)
             saved = time.perf_counter()
     return done
 

@@ -22,7 +22,7 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
 from dli import training
 from dli.metrics import scores
-from dli.training import CHECKPOINTS, METHODS, PRESETS, FoldedBlock, RunConfig, fit, load_model, notebook_config, rate, run, run_folder, run_key, run_samples
+from dli.training import CHECKPOINTS, METHODS, PRESETS, FoldedBlock, RunConfig, fit, learning_rate, load_model, notebook_config, run, run_folder, run_key, run_samples
 
 
 def config(**kwargs):
@@ -153,7 +153,7 @@ def test_notebook_parameters():
 @settings(max_examples=30, deadline=None)
 def test_rate_and_evaluations(preset, steps):
     c = RunConfig(preset=preset, steps=steps)
-    rates = [rate(c, s) for s in range(steps)]
+    rates = [learning_rate(c, s) for s in range(steps)]
     assert 0 <= min(rates) and max(rates) <= c.lr and np.argmax(rates) <= PRESETS[preset].warmup * steps + 1
     stops = training.evaluation_steps(c)
     assert max(stops) == steps and 1 <= len(stops) <= 20
