@@ -34,7 +34,7 @@ from .training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, Preset, Ru
 
 # %% ../nbs/07_study.ipynb #07-study-007
 RESULTS = "paper_figures/results"  # the committed store, below the project's root
-COSTS = "paper_figures/cost"  # short runs, of which only the seconds count
+COSTS = "paper_figures/cost"  # short runs: only their seconds count
 FILES = ("config.json", "counts.csv", "curve.csv", "regions.npz", "row.json")  # what is kept of a run; the row is written last
 
 # %% ../nbs/07_study.ipynb #07-study-008
