@@ -39,9 +39,10 @@ figures: install ## re-draw paper_figures/ from the committed rows; SEEDS='[0, 1
 # One thread a process: two that share two cores and spin while they wait are several times slower than one.
 test test-slow: export OMP_NUM_THREADS = 1
 
-test: install ## exports and README fresh, notebooks, pytest
+test: install ## exports and README fresh, notebooks, pytest, the site
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/pytest -m 'not slow'
+	$(MAKE) docs
 
 test-slow: install ## the slower checks
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'

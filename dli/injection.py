@@ -7,7 +7,7 @@ __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'MASK_DTYPES', 'PATIENCE', 'PLAN_LIMIT
            'donor_reach', 'Donor', 'crop_axis', 'central_pixel', 'cut_donor', 'mask_extent', 'default_margin',
            'class_transforms', 'cut_donors', 'DonorPool', 'find_clean', 'class_presence', 'pick_rarest',
            'choose_labels', 'draw_donors', 'linear_map', 'fit_offset', 'land_anchors', 'read_column', 'read_columns',
-           'describe_injection', 'InjectionPlan', 'draw_plan', 'target_windows', 'crop_places', 'place_straight',
+           'InjectionPlan', 'describe_injection', 'draw_plan', 'target_windows', 'crop_places', 'place_straight',
            'bilinear', 'sample_turned', 'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement',
            'place_donors', 'blend_whole', 'blend_all', 'write_label', 'check_tensor', 'check_masks', 'check_values',
            'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_generator',
@@ -336,17 +336,6 @@ def read_columns(
                          f"got {', '.join(f'{name} ({len(c)})' for name, c in columns.items())}")
     return {name: read_column(name, columns[name]) for name in PLAN_TYPES}
 
-# %% ../nbs/02_injection.ipynb #02-injection-063
-def describe_injection(
-    plan: "InjectionPlan",
-    i: int,  # which
-) -> str:
-    "An injection in a line."
-    mirrored = "".join(f", {word}" for word, flip in (("mirrored", plan.hflip[i]), ("upside down", plan.vflip[i])) if flip)
-    turned = f", turned {plan.angle[i]:.1f} deg, scaled {plan.scale[i]:.2f}" if (plan.angle[i], plan.scale[i]) != (0, 1) else ""
-    return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
-            f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
-
 # %% ../nbs/02_injection.ipynb #02-injection-060
 @dataclass(frozen=True, eq=False)
 class InjectionPlan:
@@ -383,6 +372,17 @@ class InjectionPlan:
             raise ValueError(f"InjectionPlan.from_json: expected the text that `to_json` wrote, got {text!r:.80}; "
                              "of a file, pass what `Path(...).read_text()` gives") from error
         return cls(**read_columns(columns))
+
+# %% ../nbs/02_injection.ipynb #02-injection-063
+def describe_injection(
+    plan: InjectionPlan,
+    i: int,  # which
+) -> str:
+    "An injection in a line."
+    mirrored = "".join(f", {word}" for word, flip in (("mirrored", plan.hflip[i]), ("upside down", plan.vflip[i])) if flip)
+    turned = f", turned {plan.angle[i]:.1f} deg, scaled {plan.scale[i]:.2f}" if (plan.angle[i], plan.scale[i]) != (0, 1) else ""
+    return (f"  image {plan.target[i]} <- donor {plan.donor[i]} (class {plan.label[i]}) at y {plan.y[i]}, x {plan.x[i]}"
+            f"{mirrored}{turned}, {'Poisson' if plan.poisson[i] else 'cut-paste'}")
 
 # %% ../nbs/02_injection.ipynb #02-injection-065
 def draw_plan(
