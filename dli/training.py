@@ -734,7 +734,7 @@ def advance(done: Fit, loss: nn.Module, images: torch.Tensor, masks: torch.Tenso
     "Take the next step of a run on a batch."
     rate = learning_rate(done.config, done.step)
     with timed(done.seconds, "steps"):
-        if default_device().type == "cuda":
+        if next(done.model.parameters()).is_cuda:
             done.graph = done.graph or GraphStep(done.model, loss, done.optimizer, done.dtype, images, masks)
             done.graph(images, masks, rate)
         else:
