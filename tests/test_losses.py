@@ -373,7 +373,7 @@ def test_captured_in_a_cuda_graph(name):
     (dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, focal-authors, balanced-authors, got 'dice'"),
     (dict(name="wce"), "needs pixels_per_class"),
     (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
-    (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per class"),
+    (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per"),
     (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'"),
 ])
 def test_wrong_arguments(args, words):
