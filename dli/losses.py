@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 def values_can_be_read(
     tensor: torch.Tensor,
 ) -> bool:
-    "False while `torch.compile` traces and while a CUDA graph is captured: reading a value would wait for the device."
+    "False while `torch.compile` traces and a CUDA graph is captured: reading a value waits for the device."
     if torch.compiler.is_compiling(): return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -28,7 +28,7 @@ def one_hot(
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..classes
     classes: int,  # K
 ) -> torch.Tensor:  # bool (B, K, H, W)
-    "One channel per class, none for the background. Raises ValueError for another type, shape or value that can be read."
+    "One channel per class, none for the background. Raises ValueError for another type, shape or value."
     if masks.ndim != 3 or masks.is_floating_point() or masks.dtype == torch.bool:
         raise ValueError(f"masks: expected integers (B, H, W), got {masks.dtype} {tuple(masks.shape)}")
     if masks.numel() and values_can_be_read(masks) and not 0 <= masks.min() <= masks.max() <= classes:
@@ -207,7 +207,7 @@ def overlap_loss(
 def make_loss(
     name: str,  # one of `LOSSES`
     images_per_class: Sequence[int] | None = None,  # (K,) training images of each class, for `balanced`
-    pixels_per_class: Sequence[int] | None = None,  # (K,) training pixels of each class, for `wce` and `balanced-authors`
+    pixels_per_class: Sequence[int] | None = None,  # (K,) training pixels of each class, for `wce`, `balanced-authors`
     dice: str = "image",  # "image" or "batch": what one Dice ratio is taken over; `lovasz` and `tversky` have none
 ) -> SegmentationLoss:  # loss(logits (B, K, H, W), masks (B, H, W)) -> scalar
     "The loss of that name. Raises ValueError for an unknown name, or where the counts it needs are missing."

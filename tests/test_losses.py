@@ -369,9 +369,13 @@ def test_captured_in_a_cuda_graph(name):
 
 # Wrong arguments
 
-@pytest.mark.parametrize("args, words", [(dict(name="dice"), "lovasz, tversky, focal-authors, balanced-authors, got 'dice'"), (dict(name="wce"), "needs pixels_per_class"),
-                                         (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
-                                         (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per class"), (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'")])
+@pytest.mark.parametrize("args, words", [
+    (dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, focal-authors, balanced-authors, got 'dice'"),
+    (dict(name="wce"), "needs pixels_per_class"),
+    (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
+    (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per"),
+    (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'"),
+])
 def test_wrong_arguments(args, words):
     with pytest.raises(ValueError, match=words): make_loss(**args)
 
