@@ -14,7 +14,8 @@ from PIL import Image
 
 from dli.benchmark import (
     PARTITIONS, BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts)
-from dli.data import Samples, find_folds, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles
+from dli.data import (
+    Samples, find_folds, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles)
 from dli.metrics import summarize
 
 CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
@@ -64,7 +65,8 @@ def test_shipped_folds_are_frozen(partition):
 def test_partitions_differ():
     folds = read_folds().dropna()
     for protocol in ("tile", "image"):
-        for a, b in combinations(PARTITIONS, 2): assert (folds[f"{protocol}_{a}"] == folds[f"{protocol}_{b}"]).mean() < 0.4
+        for a, b in combinations(PARTITIONS, 2):
+            assert (folds[f"{protocol}_{a}"] == folds[f"{protocol}_{b}"]).mean() < 0.4
 
 
 @real
