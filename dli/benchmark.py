@@ -17,29 +17,28 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .data import FOLDS, PROTOCOLS, Samples, held_out, magnetic_tiles
+from .data import FOLDS, PROTOCOLS, Samples, find_folds, held_out, magnetic_tiles
 from .losses import one_hot
 from .metrics import count_batch, counts_table, scores
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-006
-PARTITIONS = (0, 1)
+PARTITIONS = (0, 1, 2, 3)
 
 def fold_table(
     samples: Samples,  # of any size
-) -> pd.DataFrame:  # a row per image: name, class, tile, then the fold for each protocol and partition, missing where an image takes no part
+) -> pd.DataFrame:  # name, class and tile of each image, then its fold in each `<protocol>_<partition>`; NA: takes no part
     "Which fold validates each image."
-    table, usable = samples.table[["name", "class", "tile"]].copy(), np.flatnonzero(samples.table["usable"])
+    table = samples.table[["name", "class", "tile"]].copy()
     for partition in PARTITIONS:
         for protocol in PROTOCOLS:
-            folds = np.full(len(samples), -1)
-            for fold in range(FOLDS): folds[usable[held_out(samples[usable], protocol, FOLDS * partition + fold)]] = fold
-            table[f"{protocol}_{partition}"] = pd.array(folds, "Int64")
+            table[f"{protocol}_{partition}"] = pd.array(find_folds(samples, protocol, partition), "Int64")
     return table.replace(-1, pd.NA)
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-007
 def read_folds() -> pd.DataFrame:
     "The folds of the Magnetic Tiles: see `fold_table`."
-    return pd.read_csv(Path(find_spec("dli.benchmark").origin).with_name("magnetic_tiles_folds.csv")).astype({f"{p}_{k}": "Int64" for p in PROTOCOLS for k in PARTITIONS})
+    path = Path(find_spec("dli.benchmark").origin).with_name("magnetic_tiles_folds.csv")
+    return pd.read_csv(path).astype({f"{protocol}_{k}": "Int64" for protocol in PROTOCOLS for k in PARTITIONS})
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-013
 class BadPredictions(ValueError):
@@ -90,20 +89,23 @@ def explain_problems(folder, n, problems, shown=20):
 def fold_samples(
     samples: Samples,  # the dataset
     fold: int | None,  # 0..4; None: all five
-    partition: int = 0,  # 0 or 1
+    partition: int = 0,  # one of `PARTITIONS`
     protocol: str = "tile",  # or "image"
 ) -> Samples:
     "The images that a fold validates. Raises ValueError, naming the choices."
-    for name, value, choices in (("fold", fold, (None, *range(FOLDS))), ("partition", partition, PARTITIONS), ("protocol", protocol, PROTOCOLS)):
-        if value not in choices: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+    given = dict(fold=fold, partition=partition, protocol=protocol)
+    allowed = dict(fold=(None, *range(FOLDS)), partition=PARTITIONS, protocol=PROTOCOLS)
+    for name, value in given.items():
+        if value in allowed[name]: continue
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed[name]))}")
     usable = samples[samples.table["usable"].to_numpy()]
-    return usable if fold is None else usable[held_out(usable, protocol, FOLDS * partition + fold)]
+    return usable if fold is None else usable[held_out(usable, protocol, fold, partition)]
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-019
 def score_counts(
     predictions: str | Path,  # folder of index masks, `<name>.png`
     fold: int | None = None,  # 0..4; None: all five
-    partition: int = 0,  # 0 or 1
+    partition: int = 0,  # one of `PARTITIONS`
     protocol: str = "tile",  # or "image"
     samples: Samples | None = None,  # the truth; None: the Magnetic Tiles at 256 x 256
 ) -> pd.DataFrame:  # a row per image: see `counts_table`; p is 1 where a class was predicted, else 0
@@ -121,7 +123,7 @@ def score_counts(
 def score(
     predictions: str | Path,  # see `score_counts`
     fold: int | None = None,  # 0..4; None: all five, pooled
-    partition: int = 0,  # 0 or 1
+    partition: int = 0,  # one of `PARTITIONS`
     protocol: str = "tile",  # or "image"
     samples: Samples | None = None,  # the truth; None: the Magnetic Tiles at 256 x 256
 ) -> dict[str, float | None]:
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("dli-score", description="Score predicted index masks of the Magnetic Tiles (0 none, 1 Blowhole, 2 Break, 3 Crack, 4 Fray, 5 Uneven).")
     parser.add_argument("predictions", help="folder with <name of the photograph>.png, 256 x 256 pixels or the photograph's size")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="score one fold; default: all five, pooled")
-    parser.add_argument("--partition", type=int, choices=PARTITIONS, default=0)
+    parser.add_argument("--partition", type=int, choices=PARTITIONS, default=0, help="whose folds --fold counts; default: 0")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="tile")
     parser.add_argument("--data", help="folder of the dataset; default: DLI_DATA, the cache, a download")
     parser.add_argument("--json", action="store_true", help="print JSON")

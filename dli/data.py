@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'OVERVIEW', 'SHAPES', 'REAL_COUNTS', 'FOLDS',
-           'LEAST_PER_CLASS', 'LEAST_SYNTHETIC', 'DATASETS', 'PROTOCOLS', 'check_arrays', 'check_table', 'Samples',
-           'draw_contours', 'show_samples', 'read_index', 'cache_folder', 'find_magnetic_tiles', 'DamagedDataset',
-           'list_images', 'expected_files', 'class_folder', 'missing_files', 'extra_files', 'explain_difference',
-           'changed_files', 'find_problems', 'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'open_remote',
-           'download', 'leaves_folder', 'unpack', 'install_archive', 'fetch_magnetic_tiles', 'decode', 'decode_all',
-           'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks', 'clean_surface', 'blowhole',
-           'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph', 'synthetic_counts',
-           'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'load_dataset', 'dataset_table', 'assign_folds',
-           'check_tiles', 'held_out', 'take_fraction', 'check_split', 'split_samples']
+           'LEAST_PER_CLASS', 'LEAST_SYNTHETIC', 'DATASETS', 'SYNTHETIC_VERSION', 'PROTOCOLS', 'check_arrays',
+           'check_table', 'Samples', 'draw_contours', 'show_samples', 'read_index', 'cache_folder',
+           'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files', 'class_folder', 'missing_files',
+           'extra_files', 'explain_difference', 'changed_files', 'find_problems', 'damage_report',
+           'verify_magnetic_tiles', 'DownloadError', 'open_remote', 'download', 'leaves_folder', 'unpack',
+           'install_archive', 'fetch_magnetic_tiles', 'decode', 'decode_all', 'magnetic_tiles', 'streaks', 'clouds',
+           'edge_shade', 'blob', 'marks', 'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven',
+           'defect_look', 'add_defect', 'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile',
+           'synthetic_tiles', 'resolve_dataset', 'load_dataset', 'index_fingerprint', 'data_fingerprint',
+           'dataset_table', 'assign_folds', 'check_tiles', 'find_folds', 'place_empty', 'take_fraction', 'check_split',
+           'held_out', 'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-003
 import hashlib
@@ -26,6 +28,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -684,21 +687,49 @@ def synthetic_tiles(
 DATASETS = ("auto", "magnetic-tiles", "synthetic")
 
 # %% ../nbs/00_data.ipynb #00-data-112
+def resolve_dataset(
+    name: str,  # one of `DATASETS`
+) -> str:  # "magnetic-tiles" or "synthetic"
+    "Replace `auto` by the dataset it stands for on this machine, downloading the real one if it is not here."
+    if name not in DATASETS: raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
+    if name != "auto": return name
+    try: find_magnetic_tiles() or fetch_magnetic_tiles()
+    except DownloadError as error:
+        message = f"SYNTHETIC DATA: results say nothing about the real tiles. {error}"
+        warnings.warn(message, stacklevel=3)
+        print(message)
+        return "synthetic"
+    return "magnetic-tiles"
+
+# %% ../nbs/00_data.ipynb #00-data-146
 def load_dataset(
     name: str = "auto",  # one of `DATASETS`
     size: int = 256,  # side of the images, pixels
     threshold: int = 127,  # 0..254: a mask is positive where > threshold
 ) -> Samples:
-    "The dataset of that name; `samples.source` says which it is. Raises what `magnetic_tiles` raises."
-    if name not in DATASETS: raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
-    if name == "synthetic": return synthetic_tiles(size=size)
-    try: return magnetic_tiles(size=size, threshold=threshold)
-    except DownloadError as error:
-        if name != "auto": raise
-        message = f"SYNTHETIC DATA: results say nothing about the real tiles. {error}"
-    warnings.warn(message, stacklevel=2)
-    print(message)
-    return synthetic_tiles(size=size)
+    "The dataset of that name; `samples.source` is its name. Raises what `magnetic_tiles` raises."
+    if resolve_dataset(name) == "synthetic": return synthetic_tiles(size=size)
+    return magnetic_tiles(size=size, threshold=threshold)
+
+# %% ../nbs/00_data.ipynb #00-data-148
+SYNTHETIC_VERSION = 1  # raise it whenever `synthetic_tiles()` gives other pixels, masks or tiles than before
+
+# %% ../nbs/00_data.ipynb #00-data-149
+@cache
+def index_fingerprint() -> str:  # 16 hex digits
+    "A hash of the parsed index of the Magnetic Tiles."
+    return hashlib.sha256(read_index().to_csv(index=False, lineterminator="\n").encode()).hexdigest()[:16]
+
+# %% ../nbs/00_data.ipynb #00-data-150
+def data_fingerprint(
+    name: str,  # "magnetic-tiles" or "synthetic"
+) -> str:  # 16 hex digits
+    "Identify the data behind a name; no dataset has to be on disk. Raises ValueError for `auto` and unknown names."
+    if name == "auto":
+        raise ValueError("expected the name of one dataset, got 'auto': call resolve_dataset first and pass what it returns")
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(d for d in DATASETS if d != 'auto')}")
+    return index_fingerprint() if name == "magnetic-tiles" else f"{SYNTHETIC_VERSION:016x}"
 
 # %% ../nbs/00_data.ipynb #00-data-116
 def dataset_table(
@@ -739,19 +770,36 @@ def check_tiles(
     if few: raise ValueError(f"{FOLDS} folds need at least {FOLDS} tiles of each class with usable images, got {few}")
 
 # %% ../nbs/00_data.ipynb #00-data-132
-def held_out(
-    samples: Samples,  # the usable ones
+def find_folds(
+    samples: Samples,  # all of them
     protocol: str,  # one of `PROTOCOLS`
-    seed: int,  # fold seed % 5 of partition seed // 5
-) -> np.ndarray:  # bool (N,)
-    "Which images this seed validates. Clean tiles held out are the same under both protocols."
-    partition, fold = divmod(seed, FOLDS)
-    labels, tiles = samples.label, pd.factorize(samples.table["tile"])[0]
-    folds = assign_folds(labels, tiles, partition)
+    partition: int = 0,  # which shuffle, >= 0
+    keep_empty: bool = False,  # True: also those defective images that the table calls unusable, see `place_empty`
+) -> np.ndarray:  # int (N,): 0..4; -1 where an image takes no part
+    "The fold that validates each image. Clean tiles have the same fold under both protocols."
+    usable, labels = np.flatnonzero(samples.table["usable"]), samples.label
+    folds = np.full(len(samples), -1)
+    folds[usable] = assign_folds(labels[usable], pd.factorize(samples.table["tile"].iloc[usable])[0], partition)
     if protocol == "image":
-        defective = labels > 0
-        folds[defective] = assign_folds(labels[defective], np.arange(defective.sum()), partition)
-    return folds == fold
+        defective = usable[labels[usable] > 0]
+        folds[defective] = assign_folds(labels[defective], np.arange(len(defective)), partition)
+    return place_empty(samples, protocol, folds) if keep_empty else folds
+
+# %% ../nbs/00_data.ipynb #00-data-154
+def place_empty(
+    samples: Samples,  # all of them
+    protocol: str,  # one of `PROTOCOLS`
+    folds: np.ndarray,  # int (N,): the fold of each image, -1 where it has none
+) -> np.ndarray:  # int (N,): the same, and a fold for each defective image that had none
+    "Place unusable defective images: in their tile's fold under `tile`, in turn under `image`. Other folds stay as they are."
+    tiles, placed, folds = samples.table["tile"].to_numpy(), folds >= 0, folds.copy()
+    empty = np.flatnonzero(~placed & ~samples.clean)
+    fold_of = dict(zip(tiles[placed], folds[placed])) if protocol == "tile" else {}
+    keys = tiles if protocol == "tile" else np.arange(len(samples))
+    new = [k for k in dict.fromkeys(keys[empty]) if k not in fold_of]
+    fold_of |= {k: i % FOLDS for i, k in enumerate(new)}
+    folds[empty] = [fold_of[k] for k in keys[empty]]
+    return folds
 
 # %% ../nbs/00_data.ipynb #00-data-134
 def take_fraction(
@@ -769,35 +817,51 @@ def take_fraction(
 # %% ../nbs/00_data.ipynb #00-data-136
 def check_split(
     protocol: str,  # one of `PROTOCOLS`
-    seed: int,  # >= 0
-    fraction: float,  # (0, 1]
+    fold: int,  # 0..4
+    partition: int,  # >= 0
+    fraction: float = 1.0,  # (0, 1]
 ) -> None:
-    "Raise a ValueError that says what was expected."
+    "Raise a ValueError that tells what was expected."
     if protocol not in PROTOCOLS: raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    if seed < 0: raise ValueError(f"expected seed >= 0, got {seed}")
+    if not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
+        raise ValueError(f"expected a fold in 0..{FOLDS - 1}, got {fold!r}; for other folds, choose another partition")
+    if not isinstance(partition, (int, np.integer)) or partition < 0:
+        raise ValueError(f"expected a partition >= 0, a whole number, got {partition!r}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
+
+# %% ../nbs/00_data.ipynb #00-data-160
+def held_out(
+    samples: Samples,  # all of them, or the usable ones
+    protocol: str,  # one of `PROTOCOLS`
+    fold: int,  # 0..4
+    partition: int = 0,  # which shuffle, >= 0
+) -> np.ndarray:  # bool (N,)
+    "Which images a fold validates. Raises ValueError for a wrong argument."
+    check_split(protocol, fold, partition)
+    return find_folds(samples, protocol, partition) == fold
 
 # %% ../nbs/00_data.ipynb #00-data-138
 def split_samples(
     samples: Samples,  # all of them
     protocol: str = "tile",  # "tile": photographs of a tile stay together; "image": the paper's random split
-    seed: int = 0,  # validates fold seed % 5 of partition seed // 5
+    fold: int = 0,  # 0..4: its images validate, those of the other four folds train
+    partition: int = 0,  # >= 0: which way the tiles are dealt into five folds
     fraction: float = 1.0,  # (0, 1]: share of the training part, per class, nested
     clean_validation: bool = True,  # False: all clean images train and none validates, as the authors do
+    keep_empty: bool = False,  # True: defective images with an empty mask train and validate, as the authors do
 ) -> tuple[Samples, Samples]:  # training, validation
     "Split into training and validation. Raises ValueError for a wrong argument or too few tiles."
-    check_split(protocol, seed, fraction)
-    usable = np.flatnonzero(samples.table["usable"])
-    check_tiles(samples[usable])
-    held = held_out(samples[usable], protocol, seed)
-    train, val = usable[~held], usable[held]
+    check_split(protocol, fold, partition, fraction)
+    check_tiles(samples[np.flatnonzero(samples.table["usable"])])
+    folds = find_folds(samples, protocol, partition, keep_empty)
+    train, val = np.flatnonzero((folds >= 0) & (folds != fold)), np.flatnonzero(folds == fold)
     if not clean_validation:
         val = val[~samples.clean[val]]
         train = np.union1d(train[~samples.clean[train]], np.flatnonzero(samples.clean))
-    train = train[samples.clean[train] | samples.masks[train].any((1, 2))]
+    if not keep_empty: train = train[samples.clean[train] | samples.masks[train].any((1, 2))]
     tiles = pd.factorize(samples.table["tile"])[0]
     if protocol == "tile": train = train[~np.isin(tiles[train], tiles[val])]
     groups = tiles if protocol == "tile" else np.arange(len(samples))
-    train = train[take_fraction(samples.label[train], groups[train], fraction, seed)]
+    train = train[take_fraction(samples.label[train], groups[train], fraction, seed=FOLDS * partition + fold)]
     assert protocol == "image" or not np.intersect1d(tiles[train], tiles[val]).size, "a tile is on both sides"
     return samples[train], samples[val]

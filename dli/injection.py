@@ -8,11 +8,10 @@ __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'MASK_DTYPES', 'PATIENCE', 'PLAN_LIMIT
            'class_transforms', 'cut_donors', 'DonorPool', 'find_clean', 'class_presence', 'pick_rarest',
            'choose_labels', 'draw_donors', 'linear_map', 'fit_offset', 'land_anchors', 'read_column', 'read_columns',
            'InjectionPlan', 'describe_injection', 'draw_plan', 'target_windows', 'crop_places', 'place_straight',
-           'bilinear', 'sample_turned', 'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement',
-           'place_donors', 'blend_whole', 'blend_all', 'write_label', 'check_tensor', 'check_masks', 'check_values',
-           'check_batch', 'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_generator',
-           'check_columns', 'check_numbers', 'check_plan', 'InjectionChoices', 'DynamicLabelInjection', 'check_shown',
-           'show_batch']
+           'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement', 'place_donors', 'blend_whole',
+           'blend_all', 'write_label', 'check_tensor', 'check_masks', 'check_values', 'check_batch', 'InjectionStats',
+           'explain_nothing', 'update_stats', 'plan_batch', 'check_generator', 'check_columns', 'check_numbers',
+           'check_plan', 'InjectionChoices', 'DynamicLabelInjection', 'check_shown', 'show_batch']
 
 # %% ../nbs/02_injection.ipynb #02-injection-003
 import json
@@ -21,11 +20,11 @@ import warnings
 from dataclasses import astuple, dataclass
 from typing import Mapping
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numba import njit
 
 from .blending import POISSON_DTYPES, bounding_box, copy_batch, cut_paste, poisson_blend_image, poisson_patches
 from .data import Samples, draw_contours
@@ -443,51 +442,20 @@ def place_straight(
     rows, cols = map(slice, first.tolist(), (first + size).tolist())
     return tuple(x[..., rows, cols][..., ::v, ::h].copy() for x in (donor.image, donor.mask))
 
-# %% ../nbs/02_injection.ipynb #02-injection-077
-@njit(cache=True, nogil=True)
-def bilinear(
-    image,  # (h, w)
-    y,  # row; beyond the image its border continues
-    x,  # column
-):  # float64
-    "The value of an image between its pixels."
-    h, w = image.shape
-    y, x = min(max(y, 0.0), h - 1.0), min(max(x, 0.0), w - 1.0)
-    y0, x0 = int(y), int(x)
-    y1, x1, fy, fx = min(y0 + 1, h - 1), min(x0 + 1, w - 1), y - y0, x - x0
-    upper = image[y0, x0] * (1 - fx) + image[y0, x1] * fx
-    lower = image[y1, x0] * (1 - fx) + image[y1, x1] * fx
-    return upper * (1 - fy) + lower * fy
-
-# %% ../nbs/02_injection.ipynb #02-injection-079
-@njit(cache=True, nogil=True)
-def sample_turned(
-    image,  # (C, h, w), the crop
-    mask,  # bool (h, w)
-    start,  # float64 (2,), see `crop_places`
-    step,  # float64 (2, 2), likewise
-    patch,  # (C, m, n): written
-    placed,  # bool (m, n): written
-):
-    "Fill a window with a turned donor and its mask (at least half a pixel of it)."
-    for i in range(placed.shape[0]):
-        for j in range(placed.shape[1]):
-            y = start[0] + step[0, 0] * i + step[0, 1] * j
-            x = start[1] + step[1, 0] * i + step[1, 1] * j
-            placed[i, j] = bilinear(mask, y, x) >= 0.5
-            for c in range(len(image)): patch[c, i, j] = bilinear(image[c], y, x)
-
 # %% ../nbs/02_injection.ipynb #02-injection-080
 def place_turned(
     donor: Donor,
     start: np.ndarray,  # float64 (2,), see `crop_places`
     step: np.ndarray,  # float64 (2, 2), likewise
     size: np.ndarray,  # int (2,): of the window: height, width
-) -> tuple[np.ndarray, np.ndarray]:  # float64 (C, h, w) in 0..255, bool (h, w)
-    "A turned donor and its mask over a window."
-    patch, mask = np.empty((len(donor.image), *size)), np.empty(size, bool)
-    sample_turned(donor.image, donor.mask, start, step, patch, mask)
-    return patch, mask
+) -> tuple[np.ndarray, np.ndarray]:  # float32 (C, h, w) in 0..255, bool (h, w)
+    "A turned donor and its mask (where at least half a pixel is covered) over a window; the crop's border continues."
+    height, width = size.tolist()
+    source = np.column_stack([step, start])[::-1, [1, 0, 2]]  # OpenCV counts (x, y)
+    choices = dict(flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+    planes = (*donor.image.astype(np.float32), donor.mask.astype(np.float32))
+    *patch, mask = (cv2.warpAffine(plane, source, (width, height), **choices) for plane in planes)
+    return np.stack(patch), mask >= 0.5
 
 # %% ../nbs/02_injection.ipynb #02-injection-082
 @dataclass(frozen=True, eq=False)

@@ -492,6 +492,41 @@ def test_scale_enlarges():
     assert areas == pytest.approx([0.64, 1, 2.25], rel=0.15)
 
 
+def between_pixels(plane, y, x):
+    "Bilinear, in float64, by hand: plane (h, w) at places (...); beyond the border its last pixel."
+    h, w = plane.shape
+    y, x = np.clip(y, 0, h - 1), np.clip(x, 0, w - 1)
+    y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
+    y1, x1, fy, fx = np.minimum(y0 + 1, h - 1), np.minimum(x0 + 1, w - 1), y - y0, x - x0
+    upper = plane[y0, x0] * (1 - fx) + plane[y0, x1] * fx
+    return upper * (1 - fy) + (plane[y1, x0] * (1 - fx) + plane[y1, x1] * fx) * fy
+
+
+@properties
+@given(st.integers(0, 10**6), st.booleans(), st.tuples(st.integers(3, 90), st.integers(3, 90)))
+def test_turned_donors_are_interpolated_exactly(seed, colour, size):
+    "OpenCV before version 5 fails here: it rounds places to 1/32 of a pixel."
+    pool = DonorPool(random_samples(seed, size=(48, 40), colour=colour), WILD)
+    plan = DynamicLabelInjection(pool, fill="all").make_params(torch.zeros(6, *size, dtype=torch.uint8), seeded(seed))
+    windows = injection.target_windows(pool, plan, size)
+    for d, start, step, (rows, cols) in zip(plan.donor, *injection.crop_places(pool, plan, windows), windows):
+        donor, shape = pool.donors[d], np.array([rows[1] - rows[0], cols[1] - cols[0]])
+        places = start[:, None, None] + np.tensordot(step, np.mgrid[:shape[0], :shape[1]], 1)
+        patch, mask = injection.place_turned(donor, start, step, shape)
+        share = between_pixels(donor.mask.astype(float), *places)
+        assert patch.dtype == np.float32 and patch.shape == (len(donor.image), *shape) and mask.shape == tuple(shape)
+        expected = np.stack([between_pixels(plane.astype(float), *places) for plane in donor.image])
+        np.testing.assert_allclose(patch, expected, atol=0.02, rtol=0)
+        assert (mask == (share >= 0.5))[abs(share - 0.5) > 1e-4].all()
+
+
+def test_crops_may_be_longer_than_32767_pixels():
+    image = (np.arange(40000) // 200).astype(np.uint8).reshape(1, 1, 40000).repeat(3, 1)
+    donor = injection.Donor("long", 1, image, image[0] > 190, (0, 0), (1, 39000), (0, 38200, 3, 1800))
+    patch, mask = injection.place_turned(donor, np.array([1, 39800.0]), -np.eye(2), np.array([2, 36000]))
+    assert (patch[0, 0] == image[0, 1, 39800:3800:-1]).all() and (mask[1] == donor.mask[0, 39800:3800:-1]).all()
+
+
 def test_a_donor_across_its_image_does_not_grow_in_a_larger_target():
     mask = np.zeros((1, 6, 8), np.uint8)
     mask[0, 2:4] = 1
