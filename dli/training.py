@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES', 'SELECT', 'INJECTION', 'WHOLE', 'NUMBERS',
-           'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'COMPILE_NETWORK', 'CHECKPOINT_SECONDS',
-           'CHECKPOINTS', 'Method', 'Preset', 'RunConfig', 'check_names', 'check_method', 'default_fields',
-           'plain_fields', 'complete_fields', 'file_hash', 'check_same', 'resolve', 'run_content', 'run_key',
-           'run_name', 'chance', 'shuffled', 'clean_share_after_dli', 'draw_weights', 'drawn_indices', 'as_batch',
-           'normalise', 'random_flips', 'default_device', 'network_dtype', 'memory_format', 'DepthwiseFunction',
-           'Depthwise', 'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel',
-           'quarters', 'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss',
+           'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'Method',
+           'Preset', 'RunConfig', 'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields',
+           'file_hash', 'check_same', 'resolve', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled',
+           'clean_share_after_dli', 'draw_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips',
+           'default_device', 'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise',
+           'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters',
+           'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss',
            'run_injection', 'torch_dtype', 'run_model', 'learning_rate', 'loss_of_batch', 'train_step', 'batches',
-           'convolution_weights', 'without_batch_counters', 'GraphStep', 'Fit', 'begin', 'timed', 'advance', 'settle',
-           'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint',
-           'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained', 'save_state', 'show_progress',
-           'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures',
-           'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root', 'run_folder',
-           'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz', 'complete', 'read_row',
-           'run', 'load_model', 'notebook_config']
+           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'advance',
+           'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by',
+           'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained', 'save_state',
+           'show_progress', 'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions', 'plot_predictions',
+           'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
+           'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz',
+           'complete', 'read_row', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, reduce
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,7 +52,7 @@ import dli
 from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, load_dataset, resolve_dataset, show_samples,
                    split_samples)
 from .injection import CHOICES, DonorPool, DynamicLabelInjection, default_margin
-from .losses import make_loss
+from .losses import Lovasz, SegmentationLoss, make_loss
 from .metrics import count_batch, counts_table, scores
 from .models import ENCODERS, lightweight_unet
 
@@ -631,7 +632,11 @@ def without_batch_counters(model: nn.Module):
 
 # %% ../nbs/06_training.ipynb #06-training-gpu-2
 WARM_STEPS = 3  # taken as usual before the capture
-COMPILE_NETWORK = True
+
+def fused(loss: SegmentationLoss) -> nn.Module:
+    "The loss compiled, where Triton is installed: a dozen kernels in the place of sixty. Lovasz' cumulative sum does not compile."
+    can = find_spec("triton") and not isinstance(loss.overlap, Lovasz)
+    return torch.compile(loss, dynamic=False) if can else loss
 
 class GraphStep:
     "Optimiser steps on a CUDA device, all but the first few by replaying a CUDA graph."
@@ -640,8 +645,7 @@ class GraphStep:
                  masks: torch.Tensor): # uint8 (B, H, W) on the CPU
         device = next(model.parameters()).device
         self.model, self.optimizer, self.dtype = model, optimizer, dtype
-        self.loss = torch.compile(loss.to(device), dynamic=False)
-        self.network = torch.compile(self.forward, dynamic=False) if COMPILE_NETWORK else self.forward
+        self.loss = fused(loss.to(device))
         self.images, self.masks = images.to(device), masks.to(device)
         self.whole = convolution_weights(model) if dtype != torch.float32 else {}
         self.rounded = {name: p.detach().to(dtype).requires_grad_() for name, p in self.whole.items()}
@@ -661,7 +665,7 @@ class GraphStep:
         with torch.no_grad():
             if whole: torch._foreach_copy_(rounded, whole)
         for p in rounded + self.others: p.grad = None
-        value = self.loss(self.network(self.rounded, self.images), self.masks)
+        value = self.loss(self.forward(self.rounded, self.images), self.masks)
         value.backward()
         if whole: torch._foreach_copy_([p.grad for p in whole], [p.grad for p in rounded])
         self.optimizer.step()
@@ -734,7 +738,7 @@ def advance(done: Fit, loss: nn.Module, images: torch.Tensor, masks: torch.Tenso
     "Take the next step of a run on a batch."
     rate = learning_rate(done.config, done.step)
     with timed(done.seconds, "steps"):
-        if default_device().type == "cuda":
+        if next(done.model.parameters()).is_cuda:
             done.graph = done.graph or GraphStep(done.model, loss, done.optimizer, done.dtype, images, masks)
             done.graph(images, masks, rate)
         else:

@@ -1,4 +1,5 @@
 """Losses: they are what the protocol says, their gradients are right, and nothing turns them into NaN."""
+import cv2
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
@@ -6,8 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dli.losses import LOSSES, Dice, Lovasz, WeightedBCE, image_weights, lovasz_slopes, make_loss, one_hot, pixel_weights
+from dli import losses
+from dli.data import MT_CLASSES, find_magnetic_tiles
+from dli.losses import (LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, image_weights, lovasz_slopes,
+                        make_loss, one_hot, pixel_weights)
 
 IMAGES, PIXELS = [92, 68, 46, 26, 82], [700, 10540, 820, 15990, 71950]
 seeds = st.integers(0, 2**31 - 1)
@@ -46,8 +52,13 @@ def parts_by_hand(name, logits, masks, dice):
     bce = -(t * np.log(p) + (1 - t) * np.log(1 - p))
     right = np.where(t == 1, p, 1 - p)
     n, share = np.array(IMAGES), np.array(PIXELS) / sum(PIXELS)
-    w = {"balanced": 0.0001 / (1 - 0.9999 ** n), "wce": (1 - share) / 4}.get(name, np.ones(5))
+    wce = (1 - share) / 4
+    w = {"balanced": 0.0001 / (1 - 0.9999 ** n), "wce": wce, "balanced-authors": 0.0001 / (1 - 0.9999 ** wce)}
+    w = w.get(name, np.ones(5))
     classification = ((1 - right) ** 2 * bce).mean() if name == "focal" else (bce.mean((0, 2, 3)) * w / w.sum()).sum()
+    if name == "focal-authors":
+        of_class = [bce[:, k].mean() for k in range(5)]
+        classification = sum((1 - np.exp(-x)) ** 2 * x for x in of_class)
     tp, fp, fn = (p * t), p * (1 - t), (1 - p) * t
     if name == "tversky":
         tp, fp, fn = (x.sum((0, 2, 3)) for x in (tp, fp, fn))
@@ -172,7 +183,8 @@ def test_extremes_are_finite(name, value, dtype):
         logits = torch.full((2, 5, 6, 7), value, dtype=dtype, requires_grad=True)
         result = make_loss(name, [3, 0, 1, 0, 9], [3, 0, 1, 0, 9])(logits, truth)
         result.backward()
-        assert result.dtype == torch.float32 and 0 <= result < 6.1e4 and logits.grad.isfinite().all()
+        most = 6.1e4 * (5 if name == "focal-authors" else 1)  # a sum over the classes
+        assert result.dtype == torch.float32 and 0 <= result < most and logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -222,7 +234,7 @@ def test_a_class_without_pixels_has_the_largest_pixel_weight():
 
 def test_equal_counts_are_the_baseline():
     logits, masks = batch(5)
-    for name in ("balanced", "wce"):
+    for name in ("balanced", "wce", "balanced-authors"):
         torch.testing.assert_close(make_loss(name, [9] * 5, [9] * 5)(logits, masks), make_loss("baseline")(logits, masks))
 
 
@@ -240,10 +252,130 @@ def test_counts_that_make_no_sense(bad, weights, name):
     with pytest.raises(ValueError, match=f"{name}: expected one count per class"): weights(bad)
 
 
+def test_the_authors_weights():
+    "Printed by the authors' code; uneven, with the most pixels, weighs the most in their balanced loss."
+    wce, balanced = [0.2490, 0.2294, 0.2483, 0.2005, 0.0729], [0.129, 0.140, 0.129, 0.160, 0.441]
+    np.testing.assert_allclose(image_weights(wce), balanced, atol=6e-4)
+    pixels = np.round((1 - 4 * np.array(wce)) * 1e6)  # counts that have these weights
+    loss = make_loss("balanced-authors", pixels_per_class=pixels).classification
+    np.testing.assert_allclose(loss.weights, balanced, atol=6e-4)
+
+
+@pytest.mark.skipif(find_magnetic_tiles() is None, reason="needs the Magnetic Tiles")
+def test_the_authors_weights_from_the_photographs():
+    "All masks at their own size, thresholded at 127: the printed weights to the last digit."
+    folders = [find_magnetic_tiles() / f"MT_{name}" / "Imgs" for name in MT_CLASSES]
+    masks = [[cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in folder.glob("*.png")] for folder in folders]
+    pixels = [sum((mask > 127).sum() for mask in of_class) for of_class in masks]
+    assert pixels == [14311, 291489, 24742, 701215, 2508124]
+    assert np.round(pixel_weights(pixels), 4).tolist() == [0.2490, 0.2294, 0.2483, 0.2005, 0.0729]
+    weights = make_loss("balanced-authors", pixels_per_class=pixels).classification.weights
+    np.testing.assert_allclose(weights, [0.129, 0.140, 0.129, 0.160, 0.441], atol=5e-4)
+
+
+def test_focal_of_means_is_a_sum_over_channels():
+    logits, masks = batch(7)
+    target = one_hot(masks, 5).double()
+    alone = [FocalOfMeans()(logits[:, [k]], target[:, [k]]) for k in range(5)]
+    torch.testing.assert_close(FocalOfMeans()(logits, target), sum(alone))
+    assert FocalOfMeans()(target * 200 - 100, target) == 0
+
+
+# Compiled, and on a device
+
+class Devices(TorchDispatchMode):
+    "Notes the device of every tensor that an operation takes or returns."
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_moved_loss_copies_nothing_from_the_cpu(name, monkeypatch):
+    "On the meta device, which stands for any other than the CPU; values are not looked at, as inside a capture."
+    monkeypatch.setattr(losses, "values_can_be_read", lambda tensor: False)
+    loss, logits = loss_of(name).to("meta"), torch.randn(2, 5, 6, 7, device="meta", requires_grad=True)
+    masks = torch.zeros(2, 6, 7, dtype=torch.uint8, device="meta")
+    with Devices() as devices: loss(logits, masks).backward()
+    assert devices.seen == {"meta"} and logits.grad.shape == logits.shape
+    assert all(x.dtype == torch.float64 for x in loss.buffers())
+
+
+@pytest.mark.parametrize("name", NEEDED_COUNTS)
+def test_a_loss_that_was_not_moved_copies_its_weights(name, monkeypatch):
+    monkeypatch.setattr(losses, "values_can_be_read", lambda tensor: False)
+    with Devices() as devices:
+        loss_of(name)(torch.randn(2, 5, 6, 7, device="meta"), torch.zeros(2, 6, 7, dtype=torch.uint8, device="meta"))
+    assert devices.seen == {"meta", "cpu"}
+
+
+def test_values_are_not_looked_at_during_a_capture(monkeypatch):
+    class OnDevice(torch.Tensor): is_cuda = True
+
+    masks = torch.full((1, 2, 2), 7).as_subclass(OnDevice)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not one_hot(masks, 5).any() and not losses.values_can_be_read(masks)
+    with pytest.raises(ValueError, match="expected integers"): one_hot(masks.float(), 5)
+    with pytest.raises(ValueError, match="got 7..7"): one_hot(torch.full((1, 2, 2), 7), 5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(ValueError, match="masks: expected values 0..5"): one_hot(masks, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_in_one_graph(name):
+    logits, masks = batch(0, dtype=torch.float32)
+    torch._dynamo.reset()
+    loss, results = loss_of(name), []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        x = logits.clone().requires_grad_()
+        value = function(x, masks)
+        value.backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("name", LOSSES)
+def test_captured_in_a_cuda_graph(name):
+    logits, masks = batch(0, dtype=torch.float32)
+    loss, x, shown = loss_of(name).cuda(), logits.cuda().requires_grad_(), torch.zeros_like(masks).cuda()
+
+    def step():
+        x.grad = None
+        value = loss(x, shown)
+        value.backward()
+        return value
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3): step()
+    torch.cuda.current_stream().wait_stream(stream)
+    x.grad = None
+    with torch.cuda.graph(graph): value = step()
+    shown.copy_(masks)
+    graph.replay()
+    captured = value.item(), x.grad.clone()
+    torch.testing.assert_close((torch.tensor(captured[0]), captured[1]), (step().detach().cpu(), x.grad))
+
+
 # Wrong arguments
 
-@pytest.mark.parametrize("args, words", [(dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, got 'dice'"), (dict(name="wce"), "needs pixels_per_class"),
-                                         (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"), (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'")])
+@pytest.mark.parametrize("args, words", [
+    (dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, focal-authors, balanced-authors, got 'dice'"),
+    (dict(name="wce"), "needs pixels_per_class"),
+    (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
+    (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per"),
+    (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'"),
+])
 def test_wrong_arguments(args, words):
     with pytest.raises(ValueError, match=words): make_loss(**args)
 

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,11 +23,12 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
 from dli import training
 from dli.metrics import scores
-from dli.training import CHECKPOINTS, METHODS, PRESETS, FoldedBlock, RunConfig, fit, learning_rate, load_model, notebook_config, run, run_folder, run_key, run_samples
+from dli.training import (CHECKPOINTS, METHODS, PRESETS, FoldedBlock, GraphStep, RunConfig, fit, learning_rate, load_model, notebook_config,
+                          resolve, run, run_folder, run_key, run_samples)
 
 
 def config(**kwargs):
-    return RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs)
+    return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs))
 
 
 def no_pictures(done, val, folder): pass
@@ -108,7 +110,7 @@ def test_chance_is_independent_of_seed_purpose_and_step():
 
 def test_balanced_draws_have_dlis_clean_share():
     labels = np.repeat([0, 1, 3], [300, 40, 10])
-    share, weight = training.clean_share_after_dli(labels, 16), training.balanced_weights(labels, 16).numpy()
+    share, weight = training.clean_share_after_dli(labels, 16), training.draw_weights(labels, 16, "balanced").numpy()
     drawn = np.bincount(labels, weight, minlength=4)
     np.testing.assert_allclose(drawn, [share, (1 - share) / 2, 0, (1 - share) / 2])
     assert len(np.unique(weight[labels == 1])) == 1
@@ -117,7 +119,7 @@ def test_balanced_draws_have_dlis_clean_share():
 
 @pytest.mark.parametrize("wrong,message", [
     (dict(method="dly"), "choose one of baseline, focal"),
-    (dict(preset="fast"), "choose one of smoke, quick, paper"),
+    (dict(preset="fast"), "choose one of smoke, quick, study, paper"),
     (dict(split="tiles"), "choose one of tile, image"),
     (dict(dataset="mvtec"), "magnetic-tiles"),
     (dict(fraction=0), "expected a number"),
@@ -131,6 +133,17 @@ def test_balanced_draws_have_dlis_clean_share():
     (dict(method="wce", p_poisson=0.5), "injects nothing"),
     (dict(method="dli-all", fill="uniform"), "means fill='all'"),
     (dict(p_poisson=1.1), "expected a number"),
+    (dict(fold=5), "from 0 to 4"),
+    (dict(partition=-1), "expected a number"),
+    (dict(method="sampler", draw="share"), "means draw='balanced'"),
+    (dict(loss="wce"), "means loss='baseline'"),
+    (dict(method="wce", margin=2), "injects nothing"),
+    (dict(dtype="float16"), "choose one of None, auto, bfloat16, float32"),
+    (dict(select="first"), "choose one of last, best"),
+    (dict(evaluations=21), "from 1 to 20"),
+    (dict(keep_empty=1), "expected True or False"),
+    (dict(out=3), "expected the path"),
+    (dict(decoder=(64, 2.5)), "whole number"),
 ])
 def test_wrong_configs_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message): RunConfig(**wrong)
@@ -144,8 +157,103 @@ def test_configs_are_filled_in_and_round_trip():
     assert RunConfig(method="dli-authors").threshold == 0 and RunConfig(method="dli-authors").dice == "batch"
 
 
+@pytest.mark.parametrize("spelling, plain", [
+    (dict(steps=6e0), dict(steps=6)),
+    (dict(steps=np.int64(6)), dict(steps=6)),
+    (dict(lr=np.float32(0.5)), dict(lr=0.5)),
+    (dict(fold=np.float64(2)), dict(fold=2)),
+    (dict(fraction=1), dict(fraction=1.0)),
+    (dict(keep_empty=np.True_), dict(keep_empty=True)),
+    (dict(decoder=[32, 16]), dict(decoder=(32, 16))),
+    (dict(out=Path("there")), dict(out="there")),
+    (dict(out="~/there"), dict(out=os.path.expanduser("~/there"))),
+])
+def test_one_run_has_one_key_whatever_the_spelling(spelling, plain):
+    one, other = RunConfig(preset="smoke", dataset="synthetic", **spelling), RunConfig(preset="smoke", dataset="synthetic", **plain)
+    assert one == other and run_key(one) == run_key(other) and json.dumps(asdict(one)) == json.dumps(asdict(other))
+
+
+def test_a_config_is_made_without_disk_or_network(monkeypatch):
+    for name in ("resolve_dataset", "data_fingerprint", "file_hash"):
+        monkeypatch.setattr(training, name, lambda *a: pytest.fail("a config looked at the machine"))
+    RunConfig(weights="/no/such/file.pth", dataset="auto")
+
+
+def test_resolving_settles_what_the_machine_knows(tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"one")
+    monkeypatch.setattr(training, "resolve_dataset", lambda name: "synthetic")
+    c = RunConfig(weights=weights, dtype="auto")
+    done = resolve(c)
+    assert done.dataset == "synthetic" and done.data and len(done.weights_hash) == 64 and done.dtype in ("bfloat16", "float32")
+    assert resolve(done) == done and run_key(c) == run_key(done)
+    weights.write_bytes(b"two")
+    assert run_key(c) != done.weights_hash
+    with pytest.raises(ValueError, match="made for another weights_hash"): resolve(done)
+    with pytest.raises(ValueError, match="made for another data"): resolve(replace(done, data="0" * 16, weights_hash=None))
+
+
+def test_a_new_field_keeps_every_key():
+    @dataclass(frozen=True)
+    class Longer(RunConfig):
+        roi: str | None = None
+    for kwargs in (dict(), dict(method="wce", fold=3), dict(preset="study", dataset="magnetic-tiles")):
+        usual = dict(dataset="synthetic") | kwargs
+        assert run_key(Longer(**usual)) == run_key(RunConfig(**usual)) != run_key(Longer(roi="mask", **usual))
+
+
+def test_fields_that_were_there_count_in_the_key():
+    c = resolve(RunConfig(dataset="synthetic"))
+    other = dict(method="dli-all", encoder="resnet18", weights=None, split="image", fold=1, partition=1, seed=9, fraction=0.5, clean_validation=False,
+                 keep_empty=True, preset="study", steps=7, image_size=64, batch_size=4, lr=0.1, warmup=0.5, beta2=0.5, evaluations=3, decoder=(8, 8),
+                 dtype="float32", select="best", p_poisson=0.1, fill="all", mix_gradients=True, region="image", grow_label=True, margin=7, threshold=3, dice="batch")
+    keys = {run_key(c)} | {run_key(replace(c, **{name: value})) for name, value in other.items() if name != "method"} | {run_key(RunConfig(method="dli-all", dataset="synthetic"))}
+    assert len(keys) == 1 + len(other)
+
+
+def test_a_config_means_the_same_in_another_process(tmp_path):
+    "Saved as JSON, read by another process: the same key, and the same bits."
+    c = config(method="share", out=str(tmp_path / "here"))
+    row = run(c, progress=False)
+    there = json.loads((run_folder(c) / "config.json").read_text()) | dict(out=str(tmp_path / "there"))
+    code = "import json, sys; from dli.training import *; c = json.loads(sys.argv[1]); c.pop('recipe'); print(run(RunConfig(**c), progress=False)['key'])"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(there)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == row["key"], done.stderr
+    assert (tmp_path / "there" / run_folder(c).name / "model.safetensors").read_bytes() == (run_folder(c) / "model.safetensors").read_bytes()
+
+
+def test_shares_without_balancing_keep_the_classes_proportions():
+    labels = np.repeat([0, 1, 3], [300, 40, 10])
+    clean, weight = training.clean_share_after_dli(labels, 16), training.draw_weights(labels, 16, "share").numpy()
+    drawn = np.bincount(labels, weight, minlength=4)
+    np.testing.assert_allclose(drawn, [clean, (1 - clean) * 0.8, 0, (1 - clean) * 0.2])
+
+
+def test_the_best_evaluation_is_scored_where_asked_for(tmp_path, monkeypatch):
+    c = config(method="baseline", select="best", evaluations=3, out=str(tmp_path))
+    usual, marks = training.scores, iter((0.2, 0.9, 0.1))
+    monkeypatch.setattr(training, "scores", lambda *a: usual(*a) | dict(iou_micro=next(marks, usual(*a)["iou_micro"])))
+    states = []
+    monkeypatch.setattr(training, "save_state", lambda done, folder: states.append({k: v.clone() for k, v in done.model.state_dict().items()}))
+    run(c, progress=False)
+    saved = load_model(c, run_samples(c)[0]).state_dict()
+    same = [all(torch.equal(v, saved[k]) for k, v in state.items()) for state in states]
+    assert same == [False, True, False]
+
+
+def test_the_best_network_survives_a_kill(tmp_path):
+    c = config(method="baseline", select="best", evaluations=3, out=str(tmp_path / "whole"))
+    run(c, progress=False)
+    stopped = replace(c, out=str(tmp_path / "stopped"))
+    with pytest.MonkeyPatch.context() as m:
+        stop_at(m, 5, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt): run(stopped, progress=False)
+    run(stopped, progress=False)
+    assert outcome(stopped) == outcome(c)
+
+
 def test_notebook_parameters():
-    assert notebook_config(dict(method="wce", seed=3, json=json)) == RunConfig(method="wce", seed=3)
+    assert notebook_config(dict(method="wce", fold=3, json=json)) == RunConfig(method="wce", fold=3)
     with pytest.raises(ValueError, match="unknown parameter sede: the parameters are method"): notebook_config(dict(sede=3))
 
 
@@ -154,7 +262,7 @@ def test_notebook_parameters():
 def test_rate_and_evaluations(preset, steps):
     c = RunConfig(preset=preset, steps=steps)
     rates = [learning_rate(c, s) for s in range(steps)]
-    assert 0 <= min(rates) and max(rates) <= c.lr and np.argmax(rates) <= PRESETS[preset].warmup * steps + 1
+    assert 0 <= min(rates) and max(rates) <= c.lr and np.argmax(rates) <= c.warmup * steps + 1
     stops = training.evaluation_steps(c)
     assert max(stops) == steps and 1 <= len(stops) <= 20
 
@@ -308,7 +416,7 @@ def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch
     (lambda m: dict(seed=1), "seed=0, here 1"),
     (lambda m: m.setattr(training, "RECIPE", training.RECIPE + 1), f"recipe={training.RECIPE}, here {training.RECIPE + 1}"),
     (lambda m: m.setattr(training, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
-    (lambda m: m.setattr(training, "network_dtype", lambda device: torch.float64), "dtype='.*', here 'torch.float64'"),
+    (lambda m: dict(dtype="float32"), "dtype='bfloat16', here 'float32'"),
     (lambda m: m.setattr(training, "run_samples", lambda c: [replace(s, source="magnetic-tiles") for s in run_samples(c)]), "source='synthetic', here 'magnetic-tiles'"),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
@@ -336,18 +444,6 @@ def test_the_row_of_another_run_is_not_taken_for_this_one(content, tmp_path):
     for name in ("row.json", CHECKPOINTS[0]): (run_folder(c) / name).write_text(content)
     with pytest.raises(ValueError, match="row.json is not the row of this run.*delete it to train again"): run(c, progress=False)
     assert all((run_folder(c) / name).read_text() == content for name in ("row.json", CHECKPOINTS[0]))
-
-
-@pytest.mark.parametrize("found, dataset, warned", [(True, "auto", True), (False, "auto", False), (True, "synthetic", False)])
-def test_a_row_of_synthetic_tiles_is_named_when_the_real_ones_are_found(found, dataset, warned, tmp_path, monkeypatch):
-    c = config(out=str(tmp_path), dataset=dataset)
-    run_folder(c).mkdir()
-    (run_folder(c) / "row.json").write_text(json.dumps(dict(key=run_key(c), source="synthetic")))
-    monkeypatch.setattr(training, "find_magnetic_tiles", lambda: tmp_path if found else None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert run(c, progress=False)["source"] == "synthetic"
-    assert [("SYNTHETIC" in str(w.message)) for w in caught] == [True] * warned
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_sound_checkpoint(tmp_path, unstopped):
@@ -412,7 +508,7 @@ def test_another_process_is_kept_out_until_ctrl_c(tmp_path):
 
 
 def test_seeds_repeat_and_differ(tmp_path, unstopped):
-    again, other = config(out=str(tmp_path)), config(seed=5, out=str(tmp_path))  # seed 5 validates the same fold number of another partition
+    again, other = config(out=str(tmp_path)), config(seed=5, out=str(tmp_path))
     run(again, progress=False), run(other, progress=False)
     assert outcome(again) == unstopped and outcome(other)[3] != unstopped[3]
 
