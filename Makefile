@@ -2,9 +2,13 @@
 PYTHON ?= python3
 METHOD ?= dli
 PRESET ?= quick
-SEED ?= 0
-SEEDS ?= []
-NAME ?= $(METHOD)-$(PRESET)-$(SEED)
+FOLD ?= 0
+PARTITION ?= 0
+SEED ?= None
+FOLDS ?= []
+PARTITIONS ?= []
+NAME ?= $(METHOD)-$(PRESET)-p$(PARTITION)f$(FOLD)
+STUDY := baselines ablation weak_supervision replication leakage attribution
 BIN := .venv/bin
 README ?= README.md
 
@@ -27,14 +31,16 @@ install: .venv/installed ## make .venv, install the package with its dev tools, 
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
 	@touch $@
 
-run: install ## one training run: make run METHOD=dli (also PRESET=, SEED=, NAME=)
+run: install ## one training run: make run METHOD=dli (also PRESET=, FOLD=, PARTITION=, SEED=, NAME=)
 	@mkdir -p runs
-	$(BIN)/papermill nbs/experiments.ipynb runs/$(NAME).ipynb -p method $(METHOD) -p preset $(PRESET) -p seed $(SEED) --log-output
+	$(BIN)/papermill nbs/experiments.ipynb runs/$(NAME).ipynb -p method $(METHOD) -p preset $(PRESET) \
+	  -p fold $(FOLD) -p partition $(PARTITION) -p seed $(SEED) --log-output
 
-figures: install ## re-draw paper_figures/ from the committed rows; SEEDS='[0, 1]': the folds that have to be there, not just those that are
+figures: install ## re-draw paper_figures/ from the committed rows (FOLDS='[0, 1]', PARTITIONS='[0]': only these)
 	@mkdir -p runs
-	@failed=0; for name in baselines ablation weak_supervision leakage attribution; do \
-	  $(BIN)/papermill nbs/$$name.ipynb runs/$$name.ipynb -p store paper_figures/results -y 'seeds: $(SEEDS)' || failed=1; done; exit $$failed
+	@failed=0; for name in $(STUDY); do \
+	  $(BIN)/papermill nbs/$$name.ipynb runs/$$name.ipynb -p store paper_figures/results -y 'folds: $(FOLDS)' -y 'partitions: $(PARTITIONS)' \
+	  || failed=1; done; exit $$failed
 
 # One thread a process: two that share two cores and spin while they wait are several times slower than one.
 test test-slow: export OMP_NUM_THREADS = 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Counts', 'count_batch', 'counts_table', 'columns_of', 'iou', 'pooled_iou', 'iou_scores', 'alarm_threshold',
-           'alarm_scores', 'scores', 'summarize', 'tile_counts', 'resample_tiles', 'weighted_iou_macro', 'Comparison',
-           'check_pairs', 'compare']
+           'alarm_scores', 'scores', 'summarize', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
+           'partition_counts', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-003
 import math
@@ -174,18 +174,42 @@ def weighted_iou_macro(
     union = tp + fp + fn
     return np.nanmean(np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0), axis=1)
 
+# %% ../nbs/05_metrics.ipynb #05-metrics-050b
+def partition_counts(
+    tables: list[pd.DataFrame],  # of `counts_table`, one a fold
+    partitions: Sequence[int],  # to which partition each belongs
+    classes: Sequence[str],  # K names
+) -> list[pd.DataFrame]:  # of `tile_counts`, one per partition, all of the same tiles in the same order
+    "Counts per tile in each partition; a tile that a partition did not validate has counts of 0 there."
+    own = lambda p: pd.concat([table for table, q in zip(tables, partitions, strict=True) if q == p])
+    each = [tile_counts(own(p), classes) for p in dict.fromkeys(partitions)]
+    kinds = pd.concat([counts["class"] for counts in each])
+    kinds = kinds[~kinds.index.duplicated()].sort_index()
+    whole = [counts.drop(columns="class").reindex(kinds.index, fill_value=0) for counts in each]
+    return [counts.assign(**{"class": kinds}) for counts in whole]
+
+def mean_iou_macro(
+    each: list[pd.DataFrame],  # of `partition_counts`
+    classes: Sequence[str],  # K names
+    weights: np.ndarray,  # int (R, T): how often each tile counts
+) -> np.ndarray:  # (P, R): per partition
+    "`iou_macro` of each partition and resample."
+    return np.stack([weighted_iou_macro(counts, classes, weights) for counts in each])
+
 # %% ../nbs/05_metrics.ipynb #05-metrics-051
 @dataclass(frozen=True)
 class Comparison:
     "How much better one method is than another, in `iou_macro`."
-    difference: float  # pooled over all folds
-    low: float  # 95 % interval: its lower end
-    high: float  # and its upper end
+    difference: float  # pooled over the folds of a partition, mean over partitions
+    low: float | None  # 95 % interval: its lower end; None where there are too few folds for one
+    high: float | None  # and its upper end
     folds: tuple[float, ...]  # the difference in each fold
     tiles: int  # that were resampled
+    partitions: tuple[float, ...] = ()  # the difference in each partition
 
     def __str__(self):
-        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], folds " + " ".join(f"{d:+.3f}" for d in self.folds)
+        interval = "[no interval]" if self.low is None else f"[{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.difference:+.3f} {interval}, folds " + " ".join(f"{d:+.3f}" for d in self.folds)
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-052
 def check_pairs(
@@ -207,15 +231,35 @@ def compare(
     classes: Sequence[str],  # K names
     times: int = 10_000,  # resamples
     seed: int = 0,  # of the resampling
+    partitions: Sequence[int] | None = None,  # to which partition each table belongs; None: all to one
 ) -> Comparison:  # a - b
     """Paired difference of `iou_macro` with its 95 % tile-bootstrap interval (protocol, section 6).
 
-    Tables of several partitions may be given together: then a tile's counts are summed over them. Raises ValueError for other images, see `check_pairs`."""
+    A tile is resampled in all partitions together. Raises ValueError for other images, see `check_pairs`."""
     check_pairs(a, b)
-    pooled = [tile_counts(pd.concat(tables), classes) for tables in (a, b)]
-    weights = resample_tiles(pooled[0]["class"].to_numpy(), times, np.random.default_rng(seed))
-    draws = np.subtract(*(weighted_iou_macro(p, classes, weights) for p in pooled))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    whole = np.subtract(*(iou_scores(pd.concat(tables), classes)["iou_macro"] for tables in (a, b)))
+    places = [0] * len(a) if partitions is None else list(partitions)
+    pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
+    kinds = pooled[0][0]["class"].to_numpy()
+    weights = np.concatenate([np.ones((1, len(kinds)), np.int64), resample_tiles(kinds, times, np.random.default_rng(seed))])
+    draws = np.subtract(*(mean_iou_macro(each, classes, weights) for each in pooled))  # (P, 1 + times)
+    low, high = np.quantile(draws[:, 1:].mean(0), [0.025, 0.975])
     folds = tuple(float(iou_scores(x, classes)["iou_macro"] - iou_scores(y, classes)["iou_macro"]) for x, y in zip(a, b))
-    return Comparison(float(whole), float(low), float(high), folds, len(pooled[0]))
+    whole = draws[:, 0]
+    return Comparison(float(whole.mean()), float(low), float(high), folds, len(kinds), tuple(whole.tolist()))
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-056b
+def influence(
+    a: list[pd.DataFrame],  # as for `compare`
+    b: list[pd.DataFrame],
+    classes: Sequence[str],  # K names
+    partitions: Sequence[int] | None = None,
+) -> pd.DataFrame:  # a row per tile: tile, class, without, moves; what moves most comes first
+    "The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all tiles minus that without this one."
+    check_pairs(a, b)
+    places = [0] * len(a) if partitions is None else list(partitions)
+    pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
+    own = pooled[0][0]
+    weights = np.concatenate([np.ones((1, len(own)), np.int64), 1 - np.eye(len(own), dtype=np.int64)])
+    values = np.subtract(*(mean_iou_macro(each, classes, weights).mean(0) for each in pooled))
+    table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:], "moves": values[0] - values[1:]})
+    return table.sort_values("moves", key=abs, ascending=False, kind="stable").reset_index(drop=True)

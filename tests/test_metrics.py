@@ -378,3 +378,46 @@ def test_summary_is_of_the_folds(tables):
     each = [metrics.scores(t, CLASSES3)["iou_A"] for t in tables[0]]
     assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each)) and table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
     assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"] and table.loc["iou_A", "folds"] == 3
+
+
+def partitioned(seed):
+    "Two methods in two partitions of the same twelve tiles into two folds each."
+    rng = np.random.default_rng(seed)
+    base = pd.DataFrame({"name": [str(i) for i in range(12)], "class": [*"AAAABBBBCCCC"], "tile": np.arange(12), "pixels": 4096})
+    tables = []
+    for order in (rng.permutation(12), rng.permutation(12)):
+        for half in (order[:6], order[6:]):
+            tables.append([base.iloc[half].assign(**{f"{k}_{c}": rng.integers(1, 50, 6) for k in ("tp", "fp", "fn") for c in CLASSES3},
+                                                  **{f"p_{c}": 0.5 for c in CLASSES3}) for _ in range(2)])
+    return [a for a, _ in tables], [b for _, b in tables]
+
+
+def test_partitions_are_scored_apart_and_tiles_drawn_together():
+    a, b = partitioned(0)
+    both = metrics.compare(a, b, CLASSES3, times=500, partitions=[3, 3, 7, 7])
+    alone = [metrics.compare(a[i:i + 2], b[i:i + 2], CLASSES3, times=500) for i in (0, 2)]
+    assert both.partitions == pytest.approx([c.difference for c in alone]) and both.difference == pytest.approx(np.mean(both.partitions))
+    assert both.tiles == 12 and len(both.folds) == 4
+    twice = metrics.compare(a[:2] * 2, b[:2] * 2, CLASSES3, times=500, partitions=[0, 0, 1, 1])
+    assert (twice.low, twice.high) == pytest.approx((alone[0].low, alone[0].high)), "the same partition again is no further evidence"
+
+
+def test_a_partition_may_lack_tiles():
+    a, b = partitioned(1)
+    part = metrics.compare(a[:3], b[:3], CLASSES3, times=50, partitions=[0, 0, 1])
+    assert part.tiles == 12 and part.partitions[1] == pytest.approx(part.folds[2])
+
+
+def test_influence_is_the_difference_without_a_tile():
+    a, b = partitioned(2)
+    table = metrics.influence(a, b, CLASSES3, [0, 0, 1, 1])
+    whole = metrics.compare(a, b, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
+    assert len(table) == 12 and table["moves"].abs().is_monotonic_decreasing
+    for _, row in table.iterrows():
+        left = [[t[t["tile"] != row["tile"]] for t in tables] for tables in (a, b)]
+        without = metrics.compare(*left, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
+        assert row["without"] == pytest.approx(without) and row["moves"] == pytest.approx(whole - without)
+
+
+def test_a_comparison_without_an_interval_says_so():
+    assert str(metrics.Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dli import study, training
-from dli.study import (FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing, one_recipe, projected_cost, publish, read_counts, row_config,
-                       run_matrix, study_configs)
-from dli.training import CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, run, run_folder, run_key, run_name
+from dli.study import (AUTHORS, FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing, one_kind, one_recipe,
+                       projected_cost, publish, read_counts, resolve_all, row_config, run_matrix, study_configs)
+from dli.training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, resolve, run, run_folder, run_key, run_name)
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(**kwargs):
-    return RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None, method="baseline") | kwargs)
+    return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None, method="baseline") | kwargs))
 
 
 def no_pictures(done, val, folder): pass
@@ -100,7 +100,7 @@ def test_rows_are_loaded_as_they_were_stored(trained):
     assert runs["method"].tolist() == ["baseline", "dli"] and len(silently(trained, preset="smoke")) == 2 and len(silently(trained, preset="quick")) == 0
     for _, row in runs.iterrows():
         stored = json.loads((Path(row["folder"]) / "row.json").read_text())
-        assert all(row[k] == v or v is None and pd.isna(row[k]) for k, v in stored.items())
+        assert all(row[k] == v or v is None and pd.isna(row[k]) for k, v in stored.items() if k != "decoder")
         assert run_key(row_config(row)) == row["key"] and run_name(row_config(row)) == Path(row["folder"]).name
         assert len(read_counts(row)) == row["val_images"]
 
@@ -111,7 +111,38 @@ def test_an_empty_store_has_the_columns(tmp_path):
 
 
 def test_the_committed_rows_are_whole():
-    assert len(silently(ROOT / study.RESULTS)) == len(list((ROOT / study.RESULTS).iterdir()))
+    assert len(silently(ROOT / study.RESULTS)) == len(list((ROOT / study.RESULTS).glob("*/row.json")))
+
+
+@dataclass(frozen=True)
+class Later(RunConfig):
+    "What `RunConfig` may become: a field with a default that changes nothing."
+    ema: float = 0.0
+
+
+def test_a_field_added_later_loses_no_row(store, monkeypatch):
+    committed = silently(ROOT / study.RESULTS, store)
+    monkeypatch.setattr(study, "RunConfig", Later)
+    runs = silently(ROOT / study.RESULTS, store)
+    assert runs["key"].tolist() == committed["key"].tolist() and set(runs["ema"]) == {0.0} and len(runs) >= 2
+    wanted = [Later(**asdict(row_config(row)) | dict(out=str(store))) for _, row in runs.iterrows()]
+    assert missing(wanted, ROOT / study.RESULTS, store) == [] and len(missing([replace(c, ema=0.9) for c in wanted])) == len(wanted)
+    change_row(folder_of(store), ema=0.0)
+    assert len(silently(store)) == 2
+    change_row(folder_of(store), ema=0.9)
+    with pytest.warns(UserWarning, match="its key is"): load_runs(store)
+
+
+def test_counts_are_read_once_and_again_once_they_changed(store, monkeypatch):
+    folder, read, reads = folder_of(store), pd.read_csv, []
+    monkeypatch.setattr(study.pd, "read_csv", lambda path: reads.append(path) or read(path))
+    first, again = read_counts(dict(folder=folder)), read_counts(dict(folder=folder))
+    assert len(reads) == 1 and first.equals(again)
+    first["tp_Break"] = -1  # a reader's changes are its own
+    assert read_counts(dict(folder=folder)).equals(again)
+    change_counts(folder, lambda c: c[1:])
+    os.utime(folder / "counts.csv", ns=(1, 1))
+    assert len(read_counts(dict(folder=folder))) == len(again) - 1
 
 
 def change_row(folder, **changes):
@@ -141,8 +172,9 @@ DAMAGES = {
     "a field missing": (lambda f: change_row(f, source=...), "lacks source"),
     "an option missing": (lambda f: change_row(f, dice=...), "lacks dice"),
     "a score missing": (lambda f: change_row(f, iou_Fray=...), "lacks iou_Fray"),
-    "a field too many": (lambda f: change_row(f, margin=2), "unknown fields margin"),
+    "a field too many": (lambda f: change_row(f, margins=2), "unknown fields margins"),
     "another seed": (lambda f: change_row(f, seed=3), "its key is"),
+    "another fold": (lambda f: change_row(f, fold=3), "its key is"),
     "another key": (lambda f: change_row(f, key="0123456789"), "its key is 0123456789"),
     "an unknown method": (lambda f: change_row(f, method="dly"), "choose one of baseline"),
     "nonsense": (lambda f: change_row(f, steps={}), ""),
@@ -217,6 +249,21 @@ def test_recipes_are_not_mixed(trained, store):
     with pytest.raises(ValueError, match=f"1 of recipe {RECIPE - 1}, 1 of recipe {RECIPE}"): one_recipe(runs)
 
 
+def test_rows_of_another_recipe_may_have_other_fields(store):
+    change_row(folder_of(store), recipe=RECIPE - 1, fold=..., partition=..., device=..., another=1)
+    assert len(silently(store)) == 2
+    change_row(folder_of(store), key=...)
+    with pytest.warns(UserWarning, match="it lacks key"): assert len(load_runs(store)) == 1
+
+
+def test_devices_and_number_formats_are_not_mixed(trained):
+    runs = silently(trained)
+    assert one_kind(runs) == ("cpu", runs["dtype"][0]) and one_kind(runs[:0]) == (None, None)
+    for name, values in dict(device=["cpu", "cuda"], dtype=["bfloat16", "float32"]).items():
+        listed = f"1 of {name} {values[0]}, 1 of {name} {values[1]}"
+        with pytest.raises(ValueError, match=f"rows of different {name}s are not compared: {listed}"): one_kind(runs.assign(**{name: values}))
+
+
 # Publishing
 
 def test_published_rows_are_small_and_the_same(trained, tmp_path, monkeypatch):
@@ -224,7 +271,7 @@ def test_published_rows_are_small_and_the_same(trained, tmp_path, monkeypatch):
     copies = publish(silently(trained))
     assert copies == [tmp_path / study.RESULTS / f.name for f in sorted(trained.iterdir())]
     assert all({p.name for p in f.iterdir()} == set(FILES) for f in copies)
-    drop = dict(columns=["out", "folder"])
+    drop = dict(columns=["out", "folder", "decoder"])
     pd.testing.assert_frame_equal(silently().drop(**drop), silently(trained).drop(**drop))
     assert str(trained) not in "".join(p.read_text() for f in copies for p in f.glob("*.json"))  # no machine's paths
     before = {f: (f / "row.json").stat().st_mtime_ns for f in copies}
@@ -274,19 +321,41 @@ def test_publishing_may_die_after_every_write(trained, tmp_path, monkeypatch):
 
 # Studies
 
-PROTOCOL = dict(table1="baseline focal balanced wce lovasz tversky dli dli-all", table2="dli-cutpaste dli-poisson dli", attribution="dli inject-random sampler baseline",
-                policy="dli dli-all", shortcut="baseline dli-cutpaste dli-poisson dli")
+PROTOCOL = dict(table1="baseline focal balanced wce lovasz tversky dli dli-all", table2="dli-cutpaste dli-poisson dli",
+                attribution="dli inject-random sampler share baseline", policy="dli dli-all", shortcut="baseline dli-cutpaste dli-poisson dli")
+LITE = ["efficientnet_lite0"]
 
 
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_methods_are_the_protocols(name):
-    assert STUDIES[name]("quick", ["resnet18"], [3]) == [RunConfig(method=m, encoder="resnet18", seed=3) for m in PROTOCOL[name].split()]
+    expected = [RunConfig(method=m, encoder="resnet18", fold=3, partition=2, preset="study") for m in PROTOCOL[name].split()]
+    assert STUDIES[name]("study", ["resnet18"], [3], [2]) == expected
 
 
 def test_weak_and_leakage_are_the_protocols():
     weak, leakage = (STUDIES[name]("paper", ["resnet18"], [0]) for name in ("weak", "leakage"))
-    assert {(c.method, c.fraction) for c in weak} == set(itertools.product(["dli", "wce"], [0.1, 0.25, 0.5, 0.75, 1.0])) and len(weak) == 10
+    expected = set(itertools.product(["dli", "wce"], [0.1, 0.25, 0.5, 0.75, 1.0]))
+    assert {(c.method, c.fraction) for c in weak} == expected and len(weak) == 10
     assert {(c.method, c.split) for c in leakage} == set(itertools.product(["baseline", "wce", "dli"], ["tile", "image"])) and len(leakage) == 6
+    assert all(c.clean_validation for c in leakage), "the same clean tiles under both splits"
+
+
+def test_the_replication_has_every_switch_of_the_authors_protocol():
+    configs = STUDIES["replication"]("study", LITE, [1])
+    assert [c.method for c in configs] == "baseline focal-authors balanced-authors wce dli-authors".split()
+    assert all({k: getattr(c, k) for k in AUTHORS} == AUTHORS for c in configs)
+    assert AUTHORS == dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best", evaluations=20)
+    authors = configs[-1]
+    assert (authors.fill, authors.region, authors.mix_gradients, authors.grow_label) == ("all", "image", True, True)
+
+
+def test_noise_pairs_differ_in_the_training_seed_alone():
+    configs = STUDIES["noise"]("study", LITE, [2, 3], [1])
+    pairs = list(zip(configs[::2], configs[1::2]))
+    assert [(a.method, a.fold, a.partition) for a, _ in pairs] == [(m, f, 1) for f in (2, 3) for m in ("baseline", "dli")]
+    assert all((a.seed, b.seed) == (5 + a.fold, 1000 + 5 + a.fold) and replace(b, seed=a.seed) == a for a, b in pairs)
+    others = study_configs([name for name in STUDIES if name != "noise"], "study", LITE, [2, 3], [1])
+    assert not {b for _, b in pairs} & set(others), "they enter no other study"
 
 
 def test_the_ladder_changes_one_thing_a_rung():
@@ -294,25 +363,39 @@ def test_the_ladder_changes_one_thing_a_rung():
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(rungs)]
     assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"method", "mix_gradients"}, {"method", "fill"}, set()]
     assert rungs[0] == asdict(RunConfig(method="dli-authors")) and rungs[-1] == asdict(RunConfig())
-    assert [RunConfig(**row) for _, row in LADDER[:-1]] == STUDIES["ladder"]("quick", ["efficientnet_lite0"], [0])
+    assert [RunConfig(preset="study", **row) for _, row in LADDER[:-1]] == STUDIES["ladder"]("study", LITE, [0])
 
 
 def test_no_training_runs_twice_under_two_names():
-    kept = [asdict(c) for c in study_configs(STUDIES, "quick", ["efficientnet_lite0"], [0]) if c.method in ("dli", "dli-all")]
+    kept = [asdict(c) for c in study_configs(STUDIES, "study", LITE, [0]) if c.method in ("dli", "dli-all")]
     for a, b in itertools.combinations(kept, 2): assert a | dict(method="") != b | dict(method="")
 
 
-@given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(4)), st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
+@given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(3)),
+       st.lists(st.integers(0, 3), min_size=1, max_size=2, unique=True), st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
 @settings(max_examples=40, deadline=None)
-def test_studies_together(names, seeds, encoders):
-    together = study_configs(names, "smoke", encoders, seeds)
+def test_studies_together(names, folds, partitions, encoders):
+    together = study_configs(names, "smoke", encoders, folds, partitions)
     assert len({run_key(c) for c in together}) == len(together)
-    assert set(together) == {c for name in names for c in STUDIES[name]("smoke", encoders, seeds)}
-    assert list(dict.fromkeys(c.seed for c in together)) == list(seeds) and [seeds.index(c.seed) for c in together] == sorted(seeds.index(c.seed) for c in together)
+    assert set(together) == {c for name in names for c in STUDIES[name]("smoke", encoders, folds, partitions)}
+    places = [(c.partition, c.fold) for c in together]
+    assert list(dict.fromkeys(places)) == list(itertools.product(partitions, folds)), "whole folds, partitions outermost"
+    assert sum(a != b for a, b in itertools.pairwise(places)) == len(folds) * len(partitions) - 1
 
 
 def test_unknown_studies_are_refused():
-    with pytest.raises(ValueError, match="no study is called table3: choose among table1, table2"): study_configs(["table3"], "smoke", ["resnet18"], [0])
+    with pytest.raises(ValueError, match="no study is called table3: choose among table1, table2"): study_configs(["table3"], "smoke", ["resnet18"])
+
+
+def test_what_auto_means_is_decided_once(monkeypatch):
+    asked = []
+
+    def resolve_noted(c):
+        asked.append(c.dataset)
+        return resolve(replace(c, dataset="synthetic"))
+    monkeypatch.setattr(study, "resolve", resolve_noted)
+    resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
+    assert asked.count("auto") == 1 and {c.dataset for c in resolved} == {"synthetic"} and [c.fold for c in resolved] == [0, 1, 2]
 
 
 # The matrix
@@ -406,7 +489,7 @@ def kill_group(pid):
 
 
 def without_times(rows):
-    return rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "commit", "out", "folder")])
+    return rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "commit", "out", "folder", "decoder")])
 
 
 def outcome(configs):
@@ -462,10 +545,10 @@ def command(*args, **kwargs):
 
 @pytest.mark.slow
 def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
-    configs = [replace(c, dataset="synthetic") for c in study_configs(["table2"], "smoke", ["efficientnet_lite0"], [0, 1])]
+    configs = [replace(c, dataset="synthetic") for c in study_configs(["table2"], "smoke", LITE, [0, 1])]
 
     def begin(own, seconds):
-        process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--seeds", 0, 1, "--jobs", 2, "--out", own[0].out, cwd=tmp_path)
+        process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--folds", 0, 1, "--jobs", 2, "--out", own[0].out, cwd=tmp_path)
         try: output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired: return kill_group(process.pid) or (process.wait(), False)[1]
         assert process.returncode == 0, output
@@ -508,7 +591,7 @@ def command_apart(args, errors: Path):
 
 
 def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
-    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0", "--jobs", "2", "--out", str(tmp_path / "runs")]
+    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2", "--out", str(tmp_path / "runs")]
     process = start_apart(command_apart, args, tmp_path / "errors")
     runs = lambda: list((tmp_path / "runs").glob("*"))
     wait_for(lambda: len(runs()) == 2 and all((folder / CHECKPOINTS[0]).exists() for folder in runs()))
@@ -524,7 +607,7 @@ def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0", "--jobs", "2"]
+    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2"]
     assert study.main([*args, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "2 runs, 2 without a row" in printed and all(f"{m}-efficientnet_lite0-smoke" in printed for m in ("dli", "dli-all")) and "nothing was measured for efficientnet_lite0 at smoke" in printed
@@ -533,13 +616,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "2 of 2 runs have a row" in capsys.readouterr().out and set(silently()["method"]) == {"dli", "dli-all"}
     assert study.main([*args, "--dry-run"]) == 0 and "2 runs, 0 without" in capsys.readouterr().out
     assert study.main(["attribution", *args[1:], "--dry-run"]) == 0
-    assert "4 runs, 3 without a row" in (printed := capsys.readouterr().out) and "machine_hours" in printed
+    assert "5 runs, 4 without a row" in (printed := capsys.readouterr().out) and "machine_hours" in printed
 
 
 def test_the_commands_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], batch_size=4000))
-    assert study.main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--seeds", "0"]) == 1
+    assert study.main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0"]) == 1
     said = capsys.readouterr()
     assert said.err.count("batch_size=4000 is larger") == 2 and "0 of 2 runs have a row" in said.out
     for wrong in (["table3"], [], ["table1", "--preset", "fast"], ["table1", "--encoders", "vgg"]):
@@ -583,7 +666,7 @@ def test_costs_are_steps_and_evaluations():
 def test_costs_by_number_of_machines():
     table = projected_cost([config(seed=s) for s in range(4)], measured(seconds_total=3600.0, seconds_evaluations=0.0), machines=(1, 2, 3), jobs=2)
     assert table["hours"].tolist() == pytest.approx([2, 1, 1]) and table["machine_hours"].tolist() == pytest.approx([2, 2, 3])
-    with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: a short run"): projected_cost([config(encoder="resnet18")], measured())
+    with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: measure it"): projected_cost([config(encoder="resnet18")], measured())
 
 
 # Ray
