@@ -212,7 +212,7 @@ def test_full_mask_with_mixed_gradients(h, w, blend):
 def test_values_that_are_no_numbers_are_refused(value, mix, blend):
     dst, src, mask = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3), torch.zeros(1, 9, 9, dtype=torch.bool)
     mask[0, 3:6, 3:6], src[0, 0, 4, 4] = True, value
-    with pytest.raises(RuntimeError, match="NaN"): blend(dst, src, mask, mix)
+    with pytest.raises(ValueError, match="NaN"): blend(dst, src, mask, mix)
 
 
 def test_one_pixel_image():
