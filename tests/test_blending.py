@@ -1,4 +1,5 @@
 "Poisson blending against an independent dense solution, and the properties that every blend must have."
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -371,12 +372,6 @@ def test_outside_compiler_keeps_names_and_lets_go_of_torch():
     assert seen == [False]
 
 
-MODULE = """
-import sys
-sys.path.insert(0, {folder!r})
-import kernel
-print(kernel.twice(21), kernel.twice(2.5))
-"""
 KERNEL = """
 from dli.blending import compiled
 
@@ -386,22 +381,53 @@ def twice(x):
 """
 
 
-def call_kernel(folder, before="", **environment):
-    "Compile and call a function of a module in a folder, in a process of its own."
+def load_kernel(folder):
+    "A module with a compiled function, imported anew."
     (folder / "kernel.py").write_text(KERNEL)
-    code = before + MODULE.format(folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.twice
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def cached(folder): return sorted(p.suffix for p in folder.rglob("*.nb*"))
 
 
-def test_compiled_code_is_kept_where_there_is_room(tmp_path):
-    cache = tmp_path / "cache"
-    for _ in range(2): assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
-    assert cached(cache) == [".nbc", ".nbc", ".nbi"]
+def test_compiled_code_is_kept_where_there_is_room(cache, tmp_path):
+    for hits in (0, 1):
+        twice = load_kernel(tmp_path)
+        assert (twice(21), twice(2.5)) == (42, 5.0) and cached(cache) == [".nbc", ".nbc", ".nbi"]
+        assert list(twice.stats.cache_hits.values()) == [hits] * (2 * hits)
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b), lambda b: b[::-1]],
+                         ids=["empty", "half", "zeros", "reversed"])
+def test_damaged_files_of_compiled_code(cache, tmp_path, suffix, damage):
+    load_kernel(tmp_path)(21)
+    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
+    assert load_kernel(tmp_path)(21) == 42
+
+
+def test_compiled_code_when_the_disk_is_full(cache, tmp_path, monkeypatch):
+    def refuse(*args): raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._open_for_write", refuse)
+    assert load_kernel(tmp_path)(21) == 42 and cached(cache) == []
+
+
+def test_compiled_code_without_any_folder(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(30, "Read-only file system")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("numba.core.caching._CacheLocator.ensure_cache_path", refuse)
+    assert load_kernel(tmp_path)(21) == 42 and cached(tmp_path) == []
 
 
 NO_ROOM = """
@@ -422,38 +448,12 @@ def no_room(folder):
                 TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"), MPLCONFIGDIR=str(folder / "torch"))
 
 
-def test_compiled_code_without_any_folder(tmp_path):
-    "No home, no folder of the package, no cache folder that can be written to: as in many containers."
-    assert call_kernel(tmp_path, NO_ROOM, **no_room(tmp_path)) == ["42", "5.0"] and cached(tmp_path) == []
-
-
-LATER = """
-import numba.core.caching as c
-def refuse(*args, **kwargs): raise OSError(28, "No space left on device")
-c.IndexDataCacheFile._open_for_write = refuse
-"""
-
-
-def test_compiled_code_when_the_disk_is_full(tmp_path):
-    assert call_kernel(tmp_path, LATER, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == ["42", "5.0"] and cached(tmp_path) == []
-
-
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b), lambda b: b[::-1]],
-                         ids=["empty", "half", "zeros", "reversed"])
-def test_damaged_files_of_compiled_code(tmp_path, suffix, damage):
-    cache = tmp_path / "cache"
-    call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache))
-    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
-    assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
-
-
 def test_the_library_without_a_writable_home(tmp_path):
     "Imported and used, in a process that can write nowhere but to PyTorch's folder."
     code = NO_ROOM + """
 import torch
 from dli import DonorPool, DynamicLabelInjection, synthetic_tiles
-tiles = synthetic_tiles(40, size=32)
+tiles = synthetic_tiles(60, size=32)
 masks = torch.from_numpy(tiles.masks)
 after, labels = DynamicLabelInjection(DonorPool(tiles), fill="all")(torch.from_numpy(tiles.images)[:, None], masks)
 print((labels > 0).flatten(1).any(1).all().item())
