@@ -291,7 +291,7 @@ class SegmentationLoss(nn.Module):
         target = one_hot(masks, logits.shape[1], self.ignore_index).to(logits.dtype)
         if self.ignore_index is None: return self.classification(logits, target), self.overlap(logits, target)
         ignored = find_ignored(masks, self.ignore_index)
-        logits, share = logits.masked_fill(ignored[:, None], SURE), masks.numel() / (~ignored).sum().clamp(min=1)
+        logits, share = logits.masked_fill(ignored[:, None], SURE), masks.numel() / (~ignored).sum().clamp(min=1).to(logits.dtype)
         if isinstance(self.classification, FocalOfMeans): classification = self.classification(logits, target, share)
         else: classification = self.classification(logits, target) * share
         return classification, self.overlap(logits, target)
