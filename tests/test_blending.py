@@ -222,11 +222,13 @@ def test_values_that_are_no_numbers_are_refused(value, mix, blend):
     with pytest.raises(ValueError, match="NaN"): blend(dst, src, mask, mix)
 
 
-@pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region", "target, elsewhere"])
+@pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region",
+                                   "target, elsewhere"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_blends_that_look_at_whole_images_refuse_no_numbers(value, where):
     "Every pixel of the result depends on every pixel of the target; of the source, on those whose steps are used."
-    dst, src, mask = torch.full((3, 1, 9, 9), 0.5), torch.full((3, 1, 9, 9), 0.3), torch.zeros(3, 9, 9, dtype=torch.bool)
+    dst, src, mask = torch.full((3, 1, 9, 9), 0.5), torch.full((3, 1, 9, 9), 0.3), torch.zeros(3, 9, 9,
+        dtype=torch.bool)
     mask[:, 3:6, 3:6] = True
     (src if "source" in where else dst)[1, 0, *((4, 4) if "in the" in where else (1, 7))] = value
     if where == "source, elsewhere": return poisson_blend(dst, src, mask)
@@ -358,14 +360,16 @@ def test_copy_batch_is_clone(x):
 @pytest.mark.parametrize("blend", [poisson_blend, poisson_blend_image, cut_paste])
 def test_compiled_by_torch_is_the_same(blend):
     g = torch.Generator().manual_seed(0)
-    dst, src, mask = torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 9, 9, generator=g) < 0.4
+    dst, src, mask = torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 9, 9,
+        generator=g) < 0.4
     torch._dynamo.reset()
     compiled = torch.compile(lambda d, s, m: blend(d + 0, s, m) + 0, backend="eager")
     for _ in range(2): assert torch.equal(compiled(dst, src, mask), blend(dst, src, mask))
 
 
 def test_outside_compiler_keeps_names_and_lets_go_of_torch():
-    assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst", "src", "mask", "mix_gradients"]
+    assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst",
+        "src", "mask", "mix_gradients"]
     seen = []
     plain = blending.outside_compiler(lambda x: seen.append(torch.compiler.is_compiling()) or x)
     torch.compile(lambda x: plain(x + 1) + 1, backend="eager")(torch.ones(2))
@@ -406,7 +410,8 @@ def test_compiled_code_is_kept_where_there_is_room(cache, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b), lambda b: b[::-1]],
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b),
+                                    lambda b: b[::-1]],
                          ids=["empty", "half", "zeros", "reversed"])
 def test_damaged_files_of_compiled_code(cache, tmp_path, suffix, damage):
     load_kernel(tmp_path)(21)
@@ -458,7 +463,8 @@ masks = torch.from_numpy(tiles.masks)
 after, labels = DynamicLabelInjection(DonorPool(tiles), fill="all")(torch.from_numpy(tiles.images)[:, None], masks)
 print((labels > 0).flatten(1).any(1).all().item())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | no_room(tmp_path), timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | no_room(tmp_path), timeout=300)
     assert done.returncode == 0 and done.stdout.split()[-1] == "True", done.stderr
 
 
