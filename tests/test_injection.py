@@ -862,8 +862,7 @@ def test_classes_that_overlap():
 
 
 @properties
-@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from((torch.uint8, torch.int8, torch.int16, torch.int32,
-                                                                  torch.int64)),
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from(injection.MASK_DTYPES),
        st.sampled_from((None, 99, -1)))
 def test_a_look_at_masks(seed, classes, dtype, ignore):
     masks = index_masks(seed, classes).to(dtype)
@@ -979,8 +978,8 @@ def test_images_of_another_size_are_doubted_once():
     (lambda x: x / 255**2, "divided by 255 twice"),
     (lambda x: x.byte(), None), (lambda x: x / 255, None), (lambda x: (x * 0).byte(), None), (lambda x: x * 0, None)])
 def test_images_that_are_nearly_black(scale, words):
-    images, inject = scale(torch.arange(384.0).clamp(max=255).reshape(2, 1, 16,
-                                                                      12)), DynamicLabelInjection(full_pool(CLASSES))
+    images = scale(torch.arange(384.0).clamp(max=255).reshape(2, 1, 16, 12))
+    inject = DynamicLabelInjection(full_pool(CLASSES))
     heard = said(lambda: [inject(images, torch.zeros(2, 16, 12).byte()) for _ in range(2)])
     assert len(heard) == (words is not None) and (words is None or words in heard[0])
 
@@ -1097,8 +1096,8 @@ def test_compiled_after_many_graphs():
     "When the compiler gives up on a function it runs it as it is, but goes on to compile what that calls."
     inject, images, masks, expected = batch_and_result()
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1) if hasattr(torch._dynamo.config,
-                                                                  "recompile_limit") else torch.no_grad():
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
         step = torch.compile(lambda i, m, g: [x + 0 for x in inject(i, m, g)], backend="eager")
         for n in (12, 5, 7, 12):
             result = step(images[:n], masks[:n], seeded(0))
@@ -1204,8 +1203,8 @@ def test_which_way_a_plan_takes():
     plan = inject.make_params(masks, seeded(0))
     pasted = replace(plan, poisson=np.zeros(len(plan), bool))
     for device in ("cuda", "cuda:1", "mps", "xpu"):
-        assert injection.goes_through_cpu(torch.device(device),
-                                          plan) and not injection.goes_through_cpu(torch.device(device), pasted)
+        assert injection.goes_through_cpu(torch.device(device), plan)
+        assert not injection.goes_through_cpu(torch.device(device), pasted)
     assert not injection.goes_through_cpu(torch.device("cpu"), plan)
 
 
