@@ -173,7 +173,7 @@ def cut_donors(
     "A donor per image and class present in its mask."
     donors = []
     for image, mask, name in zip(samples.images, samples.masks, samples.table["name"]):
-        for k in np.flatnonzero(np.bincount(mask.ravel())[1:]) + 1:
+        for k in np.flatnonzero(np.bincount(mask.ravel())[1:len(transforms) + 1]) + 1:
             donors.append(cut_donor(image, mask == k, transforms[k - 1], margin, str(name), int(k)))
     return donors
 

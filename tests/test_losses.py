@@ -397,7 +397,7 @@ def test_ignored_pixels_might_not_be_there(name, dice, seed, ignore, what):
     expected = loss_of(name, dice=dice).parts(cut, masks[rest])
     gradient, by_rest = (torch.autograd.grad(sum(r), x)[0].transpose(0, 1) for r, x in ((result, z), (expected, cut)))
     assert not gradient[(slice(None), *np.atleast_1d(part))].any()
-    if what == "an image" and dice == "image" and isinstance(loss_of(name).overlap, Dice):  # a ratio an image: it costs 0
+    if what == "an image" and dice == "image" and isinstance(loss_of(name).overlap, Dice):  # its ratio costs 0
         torch.testing.assert_close(result[1], expected[1] * 2 / 3)
         result, expected = result[:1], expected[:1]
     else: torch.testing.assert_close(gradient[(slice(None), *np.atleast_1d(rest))], by_rest)
