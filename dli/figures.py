@@ -15,20 +15,21 @@ __all__ = ['BUDGET', 'PLACE', 'PRINTED_AS', 'METRIC_NOTE', 'ADMISSIBLE', 'STYLE'
            'admissibility_table', 'interval_text', 'compared_methods', 'table1', 'table2', 'in_style', 'caption',
            'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class', 'table3_iou_per_class',
            'forest', 'table1_differences', 'again_pairs', 'again_text', 'influence_of', 'tiles_text', 'comparison_row',
-           'comparison_rows', 'comparisons_table', 'noise_table', 'comparisons_figure', 'influences',
-           'influence_figure', 'Variances', 'variances_of', 'half_width', 'power_of', 'power_table', 'power_figure',
-           'chosen_images', 'read_regions', 'photographs_of', 'image_iou', 'comparable', 'draw_example', 'qualitative',
-           'best_competitor', 'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative',
-           'weak_groups', 'weak_row', 'table5_weak_supervision', 'fig5_weak_supervision', 'lead_columns',
-           'replication_row', 'replication_groups', 'replication_table', 'replication_figure', 'split_groups',
-           'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table',
-           'score_panel', 'labelled_rows', 'score_panels', 'policy_figure', 'seam_scores', 'shortcut_table',
-           'shortcut_figure', 'ladder_groups', 'ladder_rows', 'ladder_table', 'draw_reported', 'draw_steps',
-           'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
-           'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'window',
-           'window_side', 'draw_blends', 'fig8_blends', 'markdown_text', 'latex_text', 'save_table', 'save_figure',
-           'save_artifact', 'draw_artifact', 'verdict_text', 'counted', 'comparison_text', 'best_text', 'leak_text',
-           'lead_text', 'weak_text', 'missing_text', 'study_runs', 'notebook_runs']
+           'comparison_rows', 'primary_rows', 'primary_influences', 'comparisons_table', 'noise_table',
+           'comparisons_figure', 'influence_figure', 'Variances', 'variances_of', 'half_width', 'power_of',
+           'power_table', 'power_figure', 'chosen_images', 'read_regions', 'photographs_of', 'image_iou', 'comparable',
+           'draw_example', 'qualitative', 'best_competitor', 'fig4_qualitative', 'fractions_of',
+           'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_groups', 'weak_row', 'table5_weak_supervision',
+           'fig5_weak_supervision', 'lead_columns', 'replication_row', 'replication_groups', 'replication_table',
+           'replication_figure', 'split_groups', 'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table',
+           'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows', 'score_panels', 'policy_figure',
+           'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_groups', 'ladder_rows', 'ladder_table',
+           'draw_reported', 'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram',
+           'telling_step', 'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline',
+           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'markdown_text',
+           'latex_text', 'save_table', 'save_figure', 'save_artifact', 'draw_artifact', 'verdict_text', 'counted',
+           'comparison_text', 'best_text', 'leak_text', 'lead_text', 'weak_text', 'missing_text', 'study_runs',
+           'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
 import math
@@ -651,23 +652,37 @@ def comparison_row(
     result, places = difference(x, y), common_places(x, y)
     partitions = "-" if result is None else " ".join(f"{d:+.3f}" for d in result.partitions)
     return dict(encoder=runs["encoder"].iloc[0], difference_of=f"{a} - {b}", **difference_columns("difference", x, y), each_partition=partitions,
-                folds=len(places), partitions=len({p for p, _ in places}), again=again_text(runs), tiles_that_move_it=tiles_text(influence_of(x, y)))
+                folds=len(places), partitions=len({p for p, _ in places}))
 
 def comparison_rows(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> list[dict]:
     "Rows of `comparison_row`, of each encoder, for the pairs that have a fold in common."
     each = [(runs[runs["encoder"] == e], a, b) for e in encoders_of(runs) for a, b in pairs]
     return [comparison_row(own, a, b) for own, a, b in each if common_places(matching(own, method=a), matching(own, method=b))]
 
+# %% ../nbs/08_figures.ipynb #08-figures-068d2
+def primary_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the methods of the primary comparisons."
+    return methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
+
+def primary_influences(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]: # (encoder, "a - b") -> `influence_of`
+    "What each tile moves the primary comparisons by, in the protocol's order."
+    each = {(e, a, b): [matching(runs[runs["encoder"] == e], method=m) for m in (a, b)] for e in encoders_of(runs) for a, b in PRIMARY}
+    found = {(e, f"{a} - {b}"): influence_of(*pair) for (e, a, b), pair in each.items() if common_places(*pair)}
+    if not found: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
+    return found
+
 def comparisons_table(runs: pd.DataFrame) -> pd.DataFrame:
     "The primary comparisons, in the protocol's order."
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
-    again = [second for e in encoders_of(runs) for _, second in again_pairs(runs[runs["encoder"] == e]).values()]
-    rows = comparison_rows(runs, PRIMARY)
-    if not rows: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
+    shown = primary_rows(runs)
+    moved, apart = primary_influences(shown), {e: runs[runs["encoder"] == e] for e in encoders_of(runs)}
+    table = pd.DataFrame(comparison_rows(shown, PRIMARY))
+    table["again"] = table["encoder"].map({e: again_text(own) for e, own in apart.items()})
+    table["tiles_that_move_it"] = [tiles_text(moved[key]) for key in zip(table["encoder"], table["difference_of"])]
+    again = [second for own in apart.values() for _, second in again_pairs(own).values()]
     text = ("Primary comparisons: difference of iou_macro on the folds that both methods have, with its 95 % interval; in each partition, and in each fold "
             "(partitions set apart by /); again: what a method gains over itself when trained with another seed; tiles_that_move_it: what is left without "
             "that tile. All other comparisons are secondary; no correction for their number is made")
-    return titled(pd.DataFrame(rows), one_budget(pd.concat([shown, *again])), text, runs)
+    return titled(table, one_budget(pd.concat([shown, *again])), text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-068f
 def noise_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -688,19 +703,12 @@ def comparisons_figure(runs: pd.DataFrame) -> Figure:
     return forest(both, "difference", [label_of(d, e, both) for e, d in zip(both["encoder"], both["difference_of"])])
 
 # %% ../nbs/08_figures.ipynb #08-figures-068j
-def influences(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    "`influence_of` each primary comparison, by its label."
-    runs = one_budget(runs)
-    each = [(e, a, b, *(matching(runs[runs["encoder"] == e], method=m) for m in (a, b))) for e in encoders_of(runs) for a, b in PRIMARY]
-    found = {label_of(f"{a} - {b}", e, runs): influence_of(x, y) for e, a, b, x, y in each if common_places(x, y)}
-    if not found: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
-    return found
-
 @in_style
 def influence_figure(runs: pd.DataFrame) -> Figure:
     "How much each tile moves the primary comparisons."
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
-    found, classes = influences(shown), classes_of(read_counts(shown.iloc[0]))
+    shown = primary_rows(runs)
+    found = {label_of(what, e, shown): moved for (e, what), moved in primary_influences(shown).items()}
+    classes = classes_of(read_counts(shown.iloc[0]))
     figure, ax = plt.subplots(figsize=(7.2, 0.5 * len(found) + 1.3))
     ax.axvline(0, color="0.6", linewidth=0.8)
     for y, moved in enumerate(found.values()):
@@ -754,10 +762,9 @@ def power_table(runs: pd.DataFrame) -> pd.DataFrame:
         own = variances_of(runs[runs["encoder"] == e])
         rows += [dict(encoder=e, partitions=p, half_width_these_tiles=float(half_width(own, p, False)), half_width_new_tiles=float(half_width(own, p, True)),
                       power=power_of(own, p), degrees_of_freedom=own.degrees) for p in PARTITIONS]
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
     text = (f"Half-width of the 95 % interval of a difference in iou_macro by number of partitions: on these tiles (noise of training alone) and on new ones of the "
             f"same kind; power: probability to see a true difference of {EFFECT} on these tiles; degrees_of_freedom: of the estimate of the training's noise")
-    return titled(pd.DataFrame(rows), shown, text, runs)
+    return titled(pd.DataFrame(rows), primary_rows(runs), text, runs)
 
 @in_style
 def power_figure(runs: pd.DataFrame) -> Figure:
@@ -1077,7 +1084,7 @@ def attribution_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = comparison_rows(shown, PAIRS)
     if not rows: raise NoRows("there are no two methods of this study with a fold in common yet")
     named = {f"{a} - {b}": what for (a, b), what in PAIRS.items()}
-    table = pd.DataFrame(rows).drop(columns=["tiles_that_move_it", "again"])
+    table = pd.DataFrame(rows)
     table.insert(2, "what", table["difference_of"].map(named))
     text = ("Paired differences in iou_macro, 95 % interval from resampled tiles, in each partition and fold. dli, inject-random, sampler and share see the same share of "
             "defective images, baseline fewer: a difference to baseline mixes that with everything else. sampler and share draw with replacement, the others shuffle")
