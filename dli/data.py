@@ -728,7 +728,7 @@ def data_fingerprint(
     if name == "auto":
         raise ValueError("expected the name of one dataset, got 'auto': call resolve_dataset first and pass what it returns")
     if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(d for d in DATASETS if d != 'auto')}")
+        raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS[1:])}")
     return index_fingerprint() if name == "magnetic-tiles" else f"{SYNTHETIC_VERSION:016x}"
 
 # %% ../nbs/00_data.ipynb #00-data-116
@@ -791,7 +791,7 @@ def place_empty(
     protocol: str,  # one of `PROTOCOLS`
     folds: np.ndarray,  # int (N,): the fold of each image, -1 where it has none
 ) -> np.ndarray:  # int (N,): the same, and a fold for each defective image that had none
-    "Place unusable defective images: in their tile's fold under `tile`, in turn under `image`. Other folds stay as they are."
+    "Place unusable defective images: in their tile's fold, or in turn under `image`. Other folds stay as they are."
     tiles, placed, folds = samples.table["tile"].to_numpy(), folds >= 0, folds.copy()
     empty = np.flatnonzero(~placed & ~samples.clean)
     fold_of = dict(zip(tiles[placed], folds[placed])) if protocol == "tile" else {}
@@ -822,7 +822,8 @@ def check_split(
     fraction: float = 1.0,  # (0, 1]
 ) -> None:
     "Raise a ValueError that tells what was expected."
-    if protocol not in PROTOCOLS: raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
     if not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
         raise ValueError(f"expected a fold in 0..{FOLDS - 1}, got {fold!r}; for other folds, choose another partition")
     if not isinstance(partition, (int, np.integer)) or partition < 0:

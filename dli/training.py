@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES', 'SELECT', 'INJECTION', 'WHOLE', 'NUMBERS',
            'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'Method',
-           'Preset', 'RunConfig', 'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields',
-           'file_hash', 'check_same', 'resolve', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled',
-           'clean_share_after_dli', 'draw_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips',
-           'default_device', 'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise',
-           'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters',
-           'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss',
-           'run_injection', 'torch_dtype', 'run_model', 'learning_rate', 'loss_of_batch', 'train_step', 'batches',
-           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'advance',
-           'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by',
-           'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained', 'save_state',
-           'show_progress', 'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions', 'plot_predictions',
-           'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
-           'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz',
-           'complete', 'read_row', 'run', 'load_model', 'notebook_config']
+           'Preset', 'default_device', 'network_dtype', 'memory_format', 'RunConfig', 'check_names', 'check_method',
+           'default_fields', 'plain_fields', 'complete_fields', 'file_hash', 'check_same', 'resolve', 'run_content',
+           'run_key', 'run_name', 'chance', 'shuffled', 'clean_share_after_dli', 'draw_weights', 'drawn_indices',
+           'as_batch', 'normalise', 'random_flips', 'DepthwiseFunction', 'Depthwise', 'float32_depthwise_gradients',
+           'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters', 'Interleave', 'FoldedBlock',
+           'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss', 'run_injection', 'torch_dtype',
+           'run_model', 'learning_rate', 'loss_of_batch', 'train_step', 'batches', 'convolution_weights',
+           'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'advance', 'settle', 'score',
+           'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by', 'save_checkpoint',
+           'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained', 'save_state', 'show_progress',
+           'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures',
+           'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root', 'run_folder',
+           'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz', 'complete', 'read_row',
+           'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -113,6 +113,22 @@ PRESETS = {
     "paper": Preset(image_size=256, batch_size=64, steps=20_000, lr=5e-4, warmup=0.0, beta2=0.999, evaluations=20,
                     decoder=(128, 64, 32)),
 }
+
+# %% ../nbs/06_training.ipynb #06-training-048
+def default_device() -> torch.device:
+    "The GPU where there is one, else the CPU."
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def network_dtype(device: torch.device) -> torch.dtype:
+    "bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs), else float32."
+    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if has else torch.float32
+
+def memory_format(encoder: str, device: torch.device) -> torch.memory_format:
+    "channels_last, but where it is known to crash (see `ENCODERS`)."
+    safe = device.type != "cpu" or ENCODERS[encoder].channels_last_cpu
+    return torch.channels_last if safe else torch.contiguous_format
 
 # %% ../nbs/06_training.ipynb #06-training-012
 RECIPE = 4  # raised whenever a result could change; rows of different recipes are never mixed
@@ -383,22 +399,6 @@ def random_flips(images: torch.Tensor,       # (B, C, H, W)
         images = torch.where(chosen[:, None, None, None], images.flip(axis), images)
         masks = torch.where(chosen[:, None, None], masks.flip(axis), masks)
     return images, masks
-
-# %% ../nbs/06_training.ipynb #06-training-048
-def default_device() -> torch.device:
-    "The GPU where there is one, else the CPU."
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-def network_dtype(device: torch.device) -> torch.dtype:
-    "bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs), else float32."
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has else torch.float32
-
-def memory_format(encoder: str, device: torch.device) -> torch.memory_format:
-    "channels_last, but where it is known to crash (see `ENCODERS`)."
-    safe = device.type != "cpu" or ENCODERS[encoder].channels_last_cpu
-    return torch.channels_last if safe else torch.contiguous_format
 
 # %% ../nbs/06_training.ipynb #06-training-050
 class DepthwiseFunction(torch.autograd.Function):

@@ -2,6 +2,8 @@
 import json
 import subprocess
 import sys
+from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dli.benchmark import BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts
-from dli.data import Samples, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles
+from dli.benchmark import (
+    PARTITIONS, BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts)
+from dli.data import (
+    Samples, find_folds, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles)
 from dli.metrics import summarize
 
 CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
@@ -41,18 +45,47 @@ def predicted(tmp_path):
 def test_shipped_folds_fit_the_shipped_index():
     folds, index = read_folds(), read_index()
     assert folds[["name", "class", "tile"]].equals(index[["name", "class", "tile"]])
-    for column in ("tile_0", "image_0", "tile_1", "image_1"):
+    columns = [f"{protocol}_{k}" for k in range(4) for protocol in ("tile", "image")]
+    assert list(folds.columns) == ["name", "class", "tile", *columns] and PARTITIONS == (0, 1, 2, 3)
+    for column in columns:
         assert (folds[column].notna() == index["usable"]).all() and set(folds[column].dropna()) == set(range(5))
-    for k in (0, 1): assert (folds.groupby("tile")[f"tile_{k}"].nunique() <= 1).all()
+    for k in PARTITIONS: assert (folds.groupby("tile")[f"tile_{k}"].nunique() <= 1).all()
+
+
+FROZEN = {  # SHA-256 over each partition's two columns: published rows and other people's scores depend on them
+    0: "443507db53a339c3", 1: "534b749c56a110cd", 2: "3c82ed5310f8af29", 3: "cb28c291814608d9"}
+
+
+@pytest.mark.parametrize("partition", FROZEN)
+def test_shipped_folds_are_frozen(partition):
+    columns = read_folds()[["name", f"tile_{partition}", f"image_{partition}"]]
+    assert sha256(columns.to_csv(index=False, lineterminator="\n").encode()).hexdigest()[:16] == FROZEN[partition]
+
+
+def test_partitions_differ():
+    folds = read_folds().dropna()
+    for protocol in ("tile", "image"):
+        for a, b in combinations(PARTITIONS, 2):
+            assert (folds[f"{protocol}_{a}"] == folds[f"{protocol}_{b}"]).mean() < 0.4
 
 
 @real
 @pytest.mark.parametrize("protocol", ["tile", "image"])
 def test_shipped_folds_are_those_of_split_samples(protocol):
     samples, folds = magnetic_tiles(size=16), read_folds()
-    for seed in range(10):
-        _, val = split_samples(samples, protocol=protocol, seed=seed)
-        assert set(val.table["name"]) == set(folds["name"][folds[f"{protocol}_{seed // 5}"] == seed % 5])
+    for partition in range(4):
+        for fold in range(5):
+            _, val = split_samples(samples, protocol, fold, partition)
+            assert set(val.table["name"]) == set(folds["name"][folds[f"{protocol}_{partition}"] == fold])
+
+
+@real
+@pytest.mark.parametrize("protocol", ["tile", "image"])
+def test_keeping_empty_masks_leaves_the_shipped_folds_alone(protocol):
+    samples, folds = magnetic_tiles(size=16), read_folds()
+    for partition in PARTITIONS:
+        shipped, kept = folds[f"{protocol}_{partition}"], find_folds(samples, protocol, partition, keep_empty=True)
+        assert (kept == shipped)[shipped.notna()].all() and (kept >= 0).sum() == shipped.notna().sum() + 6
 
 
 def test_the_folds_together_are_all_usable_images():
@@ -63,7 +96,7 @@ def test_the_folds_together_are_all_usable_images():
 
 def test_a_fold_is_what_the_table_says():
     folds = fold_table(TILES)
-    for protocol, partition, fold in (("tile", 0, 3), ("image", 0, 3), ("tile", 1, 0), ("image", 1, 4)):
+    for protocol, partition, fold in (("tile", 0, 3), ("image", 0, 3), ("tile", 1, 0), ("image", 3, 4)):
         assert list(fold_samples(TILES, fold, partition, protocol).table["name"]) == list(folds["name"][folds[f"{protocol}_{partition}"] == fold])
 
 
@@ -76,7 +109,10 @@ def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
     assert score(write(tmp_path / "m", rest.masks, rest.table["name"]), samples=samples)["iou_macro"] == 1
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(fold=5), "fold=5: expected one of None, 0"), (dict(partition=2), "partition=2"), (dict(protocol="random"), "protocol='random': expected one of tile, image")])
+@pytest.mark.parametrize("wrong, message", [
+    (dict(fold=5), "fold=5: expected one of None, 0"),
+    (dict(partition=4), "partition=4: expected one of 0, 1, 2, 3"),
+    (dict(protocol="random"), "protocol='random': expected one of tile, image")])
 def test_unknown_choices_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message): score(tmp_path, samples=TILES, **wrong)
 
@@ -210,9 +246,9 @@ def test_command(tmp_path, photographs):
 
 @real
 def test_command_prints_a_table_or_what_is_wrong(tmp_path, capsys, photographs):
-    part = fold_samples(photographs, 4, 1, "image")
+    part = fold_samples(photographs, 4, 2, "image")
     folder = str(write(tmp_path / "masks", part.masks, part.table["name"]))
-    assert main([folder, "--fold", "4", "--partition", "1", "--protocol", "image"]) == 0
+    assert main([folder, "--fold", "4", "--partition", "2", "--protocol", "image"]) == 0
     assert dict(line.split() for line in capsys.readouterr().out.splitlines())["iou_macro"] == "1.0"
     assert main([folder, "--fold", "3"]) == 1
     said = capsys.readouterr()
@@ -224,7 +260,8 @@ def test_command_says_what_is_wrong(tmp_path):
     assert done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
-@pytest.mark.parametrize("words", [[], ["masks", "--fold", "7"], ["masks", "--partition", "2"], ["masks", "--protocol", "random"], ["masks", "--size", "64"]])
+@pytest.mark.parametrize("words", [[], *(["masks", *option.split()] for option in (
+    "--fold 7", "--partition 4", "--protocol random", "--size 64"))])
 def test_command_refuses_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as end: main(words)
     assert end.value.code == 2 and "usage: dli-score" in capsys.readouterr().err

@@ -197,6 +197,80 @@ def test_unknown_dataset_lists_the_choices():
         data.load_dataset("magnetic_tiles")
 
 
+def test_resolving_a_found_dataset_reads_nothing(small, monkeypatch, recwarn):
+    monkeypatch.setenv("DLI_DATA", str(small))
+    for name in ("decode_all", "verify_magnetic_tiles", "fetch_magnetic_tiles"): monkeypatch.setattr(data, name, None)
+    assert data.resolve_dataset("auto") == "magnetic-tiles" and not len(recwarn)
+
+
+@pytest.mark.parametrize("name", ["magnetic-tiles", "synthetic"])
+def test_resolving_a_settled_name_looks_nowhere(name, monkeypatch):
+    for used in ("find_magnetic_tiles", "fetch_magnetic_tiles"): monkeypatch.setattr(data, used, None)
+    assert data.resolve_dataset(name) == name
+
+
+@pytest.mark.parametrize("function", [data.resolve_dataset, data.data_fingerprint])
+@pytest.mark.parametrize("name", ["magnetic_tiles", "", None])
+def test_unknown_names_are_refused(function, name):
+    message = f"unknown dataset {name!r}: expected one of .*magnetic-tiles, synthetic"
+    with pytest.raises(ValueError, match=message): function(name)
+
+
+def test_resolving_a_wrong_place_is_an_error(small, monkeypatch):
+    monkeypatch.setenv("DLI_DATA", "/no/such/folder")
+    with pytest.raises(FileNotFoundError, match="DLI_DATA = '/no/such/folder'"): data.resolve_dataset("auto")
+
+
+# ---- fingerprints ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def fresh():
+    """No fingerprint of the index is remembered, before the test or after it."""
+    data.index_fingerprint.cache_clear()
+    yield
+    data.index_fingerprint.cache_clear()
+
+
+def test_fingerprint_needs_no_dataset_and_is_cached(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLI_DATA", "/no/such/folder")
+    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "none")
+    found = data.data_fingerprint("magnetic-tiles")
+    assert re.fullmatch("[0-9a-f]{16}", found)
+    monkeypatch.setattr(data, "read_index", None)
+    assert data.data_fingerprint("magnetic-tiles") == found
+
+
+def test_fingerprint_of_the_index_does_not_depend_on_line_ends(fresh, tmp_path, monkeypatch):
+    shipped = Path(data.__file__).with_name("magnetic_tiles.csv").read_bytes().replace(b"\r\n", b"\n")
+    found = data.data_fingerprint("magnetic-tiles")
+    assert found == sha256(shipped).hexdigest()[:16]
+    (tmp_path / "windows.csv").write_bytes(shipped.replace(b"\n", b"\r\n"))
+    monkeypatch.setattr(data, "read_index", lambda: pd.read_csv(tmp_path / "windows.csv"))
+    data.index_fingerprint.cache_clear()
+    assert data.data_fingerprint("magnetic-tiles") == found
+
+
+@pytest.mark.parametrize("column, value", [("tile", 1), ("usable", False), ("png", "0" * 64), ("class", "Fray")])
+def test_fingerprint_changes_with_the_index(fresh, monkeypatch, column, value):
+    found, index = data.data_fingerprint("magnetic-tiles"), data.read_index()
+    index.loc[1000, column] = value
+    monkeypatch.setattr(data, "read_index", lambda: index)
+    data.index_fingerprint.cache_clear()
+    assert data.data_fingerprint("magnetic-tiles") != found
+
+
+def test_fingerprint_of_synthetic_tiles_is_their_version(monkeypatch):
+    monkeypatch.setattr(data, "synthetic_tiles", None)
+    found = data.data_fingerprint("synthetic")
+    assert re.fullmatch("[0-9a-f]{16}", found) and int(found, 16) == data.SYNTHETIC_VERSION
+    monkeypatch.setattr(data, "SYNTHETIC_VERSION", data.SYNTHETIC_VERSION + 1)
+    assert data.data_fingerprint("synthetic") != found
+
+
+def test_fingerprint_of_auto_is_refused():
+    with pytest.raises(ValueError, match="got 'auto': call resolve_dataset first"): data.data_fingerprint("auto")
+
+
 # ---- download -------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
@@ -249,6 +323,12 @@ def test_download_is_verified_and_cached(server):
     assert len(data.load_dataset("auto", size=16)) == 18 and len(server.asked) == 1
 
 
+def test_resolving_auto_downloads_once(server):
+    assert [data.resolve_dataset("auto") for _ in range(2)] == ["magnetic-tiles"] * 2
+    assert data.cache_folder().is_dir() and server.asked == [None]
+    assert data.load_dataset("auto", size=16).source == "magnetic-tiles" and server.asked == [None]
+
+
 def test_interrupted_download_resumes(server):
     server.cut = 250_000
     with pytest.raises(data.DownloadError, match="DLI_DATA"): data.magnetic_tiles(size=16)
@@ -291,6 +371,8 @@ def test_refusing_server_falls_back_only_under_auto(server, status, capsys):
     with pytest.raises(data.DownloadError, match=str(status)): data.load_dataset("magnetic-tiles", size=32)
     with pytest.warns(UserWarning, match="SYNTHETIC DATA"): samples = data.load_dataset("auto", size=32)
     assert samples.source == "synthetic" and "SYNTHETIC DATA" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="SYNTHETIC DATA"): assert data.resolve_dataset("auto") == "synthetic"
+    assert "SYNTHETIC DATA" in capsys.readouterr().out and data.resolve_dataset("magnetic-tiles") == "magnetic-tiles"
 
 
 def test_unreachable_host_says_where_to_put_the_folder(server, monkeypatch):
@@ -414,24 +496,28 @@ def awkward(synthetic):
 def names(samples): return set(samples.table["name"])
 
 
-@given(seed=st.integers(0, 40), protocol=st.sampled_from(data.PROTOCOLS), fraction=st.floats(0.01, 1), clean_validation=st.booleans())
+SPLITS = dict(protocol=st.sampled_from(data.PROTOCOLS), fold=st.integers(0, 4), partition=st.integers(0, 8))
+
+
+@given(**SPLITS, fraction=st.floats(0.01, 1), clean_validation=st.booleans(), keep_empty=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_split_keeps_its_promises(awkward, seed, protocol, fraction, clean_validation):
-    train, val = data.split_samples(awkward, protocol, seed, fraction, clean_validation)
+def test_split_keeps_its_promises(awkward, protocol, fold, partition, fraction, clean_validation, keep_empty):
+    train, val = data.split_samples(awkward, protocol, fold, partition, fraction, clean_validation, keep_empty)
     assert not names(train) & names(val)
-    assert set(train.label) == set(range(6)) and val.table["usable"].all()
-    assert (train.masks.any((1, 2)) | train.clean).all()
+    assert set(train.label) == set(range(6))
+    assert all((part.table["usable"] | ~part.clean).all() for part in ((train, val) if clean_validation else (val,)))
+    if not keep_empty: assert (train.masks.any((1, 2)) | train.clean).all() and val.table["usable"].all()
     if protocol == "tile": assert not set(train.table["tile"]) & set(val.table["tile"])
-    if clean_validation: assert train.table["usable"].all()
-    else: assert not val.clean.any()
+    if not clean_validation: assert not val.clean.any()
 
 
-@given(seed=st.integers(0, 8), protocol=st.sampled_from(data.PROTOCOLS), fractions=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))
+@given(**SPLITS, fractions=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), keep_empty=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_fractions_are_nested_and_leave_validation_alone(awkward, seed, protocol, fractions):
-    (small, val), (large, same) = (data.split_samples(awkward, protocol, seed, f) for f in sorted(fractions))
+def test_fractions_are_nested_and_leave_validation_alone(awkward, protocol, fold, partition, fractions, keep_empty):
+    split = lambda fraction: data.split_samples(awkward, protocol, fold, partition, fraction, keep_empty=keep_empty)
+    (small, val), (large, same) = map(split, sorted(fractions))
     assert names(small) <= names(large) and names(val) == names(same)
-    whole = data.split_samples(awkward, protocol, seed)[0].table
+    whole = split(1.0)[0].table
     if protocol == "tile":
         kept = whole[whole["tile"].isin(small.table["tile"])]
         assert set(kept["name"]) == names(small)
@@ -439,22 +525,22 @@ def test_fractions_are_nested_and_leave_validation_alone(awkward, seed, protocol
 
 @pytest.mark.parametrize("protocol", data.PROTOCOLS)
 @pytest.mark.parametrize("partition", [0, 1, 7])
-def test_five_seeds_validate_everything_once(awkward, protocol, partition):
-    validated = [n for s in range(5) for n in data.split_samples(awkward, protocol, 5 * partition + s)[1].table["name"]]
+def test_five_folds_validate_everything_once(awkward, protocol, partition):
+    validated = [n for k in range(5) for n in data.split_samples(awkward, protocol, k, partition)[1].table["name"]]
     assert len(validated) == len(set(validated)) and set(validated) == names(awkward[awkward.table["usable"].to_numpy()])
     assert len(awkward) - len(validated) == 4  # three suspect images, one empty mask
 
 
-@given(seed=st.integers(0, 20))
+@given(fold=SPLITS["fold"], partition=SPLITS["partition"])
 @settings(max_examples=15, deadline=None)
-def test_clean_tiles_are_the_same_under_both_protocols(awkward, seed):
-    tile, image = (data.split_samples(awkward, p, seed)[1] for p in data.PROTOCOLS)
+def test_clean_tiles_are_the_same_under_both_protocols(awkward, fold, partition):
+    tile, image = (data.split_samples(awkward, p, fold, partition)[1] for p in data.PROTOCOLS)
     assert names(tile[tile.clean]) == names(image[image.clean])
 
 
 def test_split_is_reproducible_and_partitions_differ(awkward):
     again = [data.split_samples(awkward, "image", 3)[1] for _ in range(2)]
-    assert names(again[0]) == names(again[1]) != names(data.split_samples(awkward, "image", 8)[1])
+    assert names(again[0]) == names(again[1]) != names(data.split_samples(awkward, "image", 3, partition=1)[1])
 
 
 def test_clean_validation_false_trains_on_all_clean_images(awkward):
@@ -464,8 +550,98 @@ def test_clean_validation_false_trains_on_all_clean_images(awkward):
     assert names(val) == names(kept[~kept.clean])
 
 
+@given(**SPLITS)
+@settings(max_examples=30, deadline=None)
+def test_held_out_is_what_split_samples_validates(awkward, protocol, fold, partition):
+    usable = awkward[awkward.table["usable"].to_numpy()]
+    expected = names(data.split_samples(awkward, protocol, fold, partition)[1])
+    for samples in (awkward, usable):
+        assert names(samples[data.held_out(samples, protocol, fold, partition)]) == expected
+
+
+# ---- empty masks ----------------------------------------------------------------------------------------------------------
+
+def later_photographs(samples):
+    """Every photograph of a defective tile but its first: without these, each tile is still there."""
+    return [i for _, own in samples.table[~samples.clean].groupby("tile") for i in own.index[1:]]
+
+
+def without_masks(samples, indices, **columns):
+    """The samples with some masks emptied and called unusable."""
+    masks, table = samples.masks.copy(), samples.table.copy()
+    masks[indices], table.loc[indices, "usable"] = 0, False
+    for column, value in columns.items(): table.loc[indices, column] = value
+    return rebuilt(samples, masks=masks, table=table)
+
+
+@given(protocol=SPLITS["protocol"], partition=SPLITS["partition"], count=st.integers(0, 12), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_empty_masks_get_a_fold_and_change_no_other(synthetic, protocol, partition, count, seed):
+    empty = np.sort(np.random.default_rng(seed).permutation(later_photographs(synthetic))[:count])
+    samples = without_masks(synthetic, empty)
+    folds, kept = (data.find_folds(samples, protocol, partition, keep_empty=k) for k in (False, True))
+    assert np.flatnonzero(folds < 0).tolist() == empty.tolist() and (kept >= 0).all()
+    assert (kept[folds >= 0] == folds[folds >= 0]).all()
+    if protocol == "tile": assert (pd.Series(kept).groupby(samples.table["tile"]).nunique() == 1).all()
+    else: assert kept[empty].tolist() == [i % 5 for i in range(count)]
+
+
+def test_a_tile_of_empty_masks_alone_stays_together(synthetic):
+    empty = np.array(later_photographs(synthetic)[:4])
+    samples = without_masks(synthetic, empty[:2], tile=901)
+    samples = without_masks(samples, empty[2:], tile=900)
+    kept = data.find_folds(samples, "tile", keep_empty=True)
+    assert kept[empty].tolist() == [0, 0, 1, 1]
+    train, val = data.split_samples(samples, "tile", 1, keep_empty=True)
+    assert {900} == {901, 900} & set(val.table["tile"]) and {901} == {901, 900} & set(train.table["tile"])
+
+
+@given(**SPLITS, fraction=st.floats(0.01, 1), clean_validation=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_keep_empty_changes_nothing_where_no_mask_is_empty(synthetic, fraction, clean_validation, **split):
+    pairs = [data.split_samples(synthetic, **split, fraction=fraction, clean_validation=clean_validation, keep_empty=k)
+             for k in (False, True)]
+    for one, other in zip(*pairs): assert one.table.equals(other.table)
+
+
+@given(**SPLITS, clean_validation=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_keep_empty_adds_images_and_takes_none_away(awkward, clean_validation, **split):
+    split |= dict(clean_validation=clean_validation)
+    (train, val), (more, also) = (data.split_samples(awkward, **split, keep_empty=k) for k in (False, True))
+    empty = names(awkward[~awkward.clean & ~awkward.masks.any((1, 2))])
+    assert len(empty) == 1 and (names(more) - names(train)) | (names(also) - names(val)) == empty
+    assert names(train) <= names(more) and names(val) <= names(also)
+
+
+@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+def test_a_defect_lost_at_the_working_size_trains_only_with_keep_empty(synthetic, protocol):
+    masks = synthetic.masks.copy()
+    masks[lost := np.flatnonzero(~synthetic.clean)[0]] = 0
+    samples, name = rebuilt(synthetic, masks=masks), synthetic.table["name"][lost]
+    for fold in range(5):
+        (train, val), (more, same) = (data.split_samples(samples, protocol, fold, keep_empty=k) for k in (False, True))
+        assert name not in names(train) and (name in names(more)) != (name in names(val)) and names(val) == names(same)
+
+
+def test_the_authors_protocol_leaves_nothing_out(awkward):
+    options = dict(protocol="image", clean_validation=False, keep_empty=True)
+    pairs = [data.split_samples(awkward, fold=fold, **options) for fold in range(5)]
+    for train, val in pairs:
+        assert names(train) | names(val) == names(awkward) and names(awkward[awkward.clean]) <= names(train)
+    assert sum(len(val) for _, val in pairs) == (~awkward.clean).sum()
+
+
+def test_suspect_images_stay_out_with_keep_empty(awkward):
+    suspect = names(awkward[awkward.clean & ~awkward.table["usable"].to_numpy()])
+    for protocol in data.PROTOCOLS:
+        for part in data.split_samples(awkward, protocol, keep_empty=True): assert not suspect & names(part)
+
+
+# ---- fractions and faults -------------------------------------------------------------------------------------------------
+
 def test_fraction_counts_tiles(synthetic):
-    half, whole = (data.split_samples(synthetic, seed=1, fraction=f)[0].table for f in (0.5, 1))
+    half, whole = (data.split_samples(synthetic, fold=1, fraction=f)[0].table for f in (0.5, 1))
     count = lambda t: t.groupby("class")["tile"].nunique()
     assert ((count(half) - count(whole) / 2).abs() <= 0.5).all()
 
@@ -475,10 +651,17 @@ def test_fraction_counts_tiles(synthetic):
     (dict(fraction=0), r"expected a fraction in \(0, 1\], got 0"),
     (dict(fraction=1.5), r"expected a fraction in \(0, 1\], got 1.5"),
     (dict(fraction=float("nan")), "expected a fraction"),
-    (dict(seed=-1), "expected seed >= 0, got -1"),
+    (dict(fold=-1), r"expected a fold in 0\.\.4, got -1"),
+    (dict(fold=5), r"expected a fold in 0\.\.4, got 5; for other folds, choose another partition"),
+    (dict(fold=1.0), r"expected a fold in 0\.\.4, got 1\.0"),
+    (dict(fold=None), r"expected a fold in 0\.\.4, got None"),
+    (dict(partition=-1), "expected a partition >= 0, a whole number, got -1"),
+    (dict(partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
 ])
 def test_wrong_split_arguments(synthetic, arguments, message):
     with pytest.raises(ValueError, match=message): data.split_samples(synthetic, **arguments)
+    if "fraction" in arguments: return
+    with pytest.raises(ValueError, match=message): data.held_out(synthetic, **dict(protocol="tile", fold=0) | arguments)
 
 
 def test_too_few_tiles_are_named(synthetic):
@@ -498,7 +681,7 @@ def test_synthetic_tiles(n, size, seed):
     assert a.table["name"].is_unique and a.table.groupby("tile")["class"].nunique().max() == 1
     assert a.table.groupby("class")["tile"].nunique().min() >= 5
     for _, own in a.table.groupby("tile"): assert len(own) > 1 and (np.diff(own["exposure"]) > 0).all()
-    for seed in range(5): data.split_samples(a, seed=seed)
+    for fold in range(5): data.split_samples(a, fold=fold)
 
 
 @given(kind=st.sampled_from(data.MT_CLASSES), side=st.integers(34, 130), seed=st.integers(0, 2**32))
@@ -556,23 +739,37 @@ def test_real_table_is_the_papers(real):
 
 
 @needs_real
-@pytest.mark.parametrize("seed", [0, 4, 11])
-def test_real_folds(real, seed):
+@pytest.mark.parametrize("fold, partition", [(0, 0), (4, 0), (1, 2)])
+def test_real_folds(real, fold, partition):
     for protocol in data.PROTOCOLS:
-        train, val = data.split_samples(real, protocol, seed)
+        train, val = data.split_samples(real, protocol, fold, partition)
         assert len(train) + len(val) == real.table["usable"].sum() and set(train.label) == set(val.label) == set(range(6))
 
 
-FROZEN = {  # SHA-256 over the sorted names each of seeds 0-9 validates: who compares with published rows needs exactly these
-    "tile": "968fffd21b74d9d1",
-    "image": "9d113dc081b2b8c2"}
+FROZEN = {  # SHA-256 over the sorted names that each fold validates: published rows can be compared only on these
+    ("tile", (0, 1)): "968fffd21b74d9d1",
+    ("image", (0, 1)): "9d113dc081b2b8c2",
+    ("tile", (2, 3)): "b4f622ac55842072",
+    ("image", (2, 3)): "68833215359c3b63"}
+
+
+@needs_real
+@pytest.mark.parametrize("protocol, partitions", FROZEN)
+def test_folds_are_frozen(real, protocol, partitions):
+    splits = [(fold, partition) for partition in partitions for fold in range(5)]
+    folds = [sorted(data.split_samples(real, protocol, *split)[1].table["name"]) for split in splits]
+    digest = sha256("\n".join(" ".join(f) for f in folds).encode()).hexdigest()[:16]
+    assert digest == FROZEN[protocol, partitions]
 
 
 @needs_real
 @pytest.mark.parametrize("protocol", data.PROTOCOLS)
-def test_folds_are_frozen(real, protocol):
-    folds = [sorted(data.split_samples(real, protocol, seed)[1].table["name"]) for seed in range(10)]
-    assert sha256("\n".join(" ".join(f) for f in folds).encode()).hexdigest()[:16] == FROZEN[protocol]
+def test_real_empty_masks(real, protocol):
+    options = dict(protocol=protocol, clean_validation=False, keep_empty=True)
+    pairs = [data.split_samples(real, fold=fold, **options) for fold in range(5)]
+    empty = [(~part.masks.any((1, 2)) & ~part.clean).sum() for pair in pairs for part in pair]
+    assert sum(len(val) for _, val in pairs) == 392 and sum(empty) == 5 * 6
+    if protocol == "image": assert all(train.clean.sum() == 952 for train, _ in pairs)
 
 
 @needs_real
