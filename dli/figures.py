@@ -549,9 +549,10 @@ def caption(
     figure: Figure,  # altered
     text: str,  # what stands under it
 ) -> Figure:
-    "Write a caption under a figure, its lines broken where they would be wider."
+    "Write a caption under a figure, its lines broken at the figure's width."
     width = int(figure.get_figwidth() * 21)
     lines = "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    figure.set_figheight(figure.get_figheight() + 0.11 * max(lines.count("\n") - 2, 0))  # room for more than three lines
     figure.supxlabel(lines, fontsize=6.5, color="0.35", x=0.01, ha="left")
     return figure
 
