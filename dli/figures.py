@@ -15,20 +15,21 @@ __all__ = ['BUDGET', 'PLACE', 'PRINTED_AS', 'METRIC_NOTE', 'ADMISSIBLE', 'STYLE'
            'admissibility_table', 'interval_text', 'compared_methods', 'table1', 'table2', 'in_style', 'caption',
            'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class', 'fig3_iou_per_class', 'table3_iou_per_class',
            'forest', 'table1_differences', 'again_pairs', 'again_text', 'influence_of', 'tiles_text', 'comparison_row',
-           'comparison_rows', 'comparisons_table', 'noise_table', 'comparisons_figure', 'influences',
-           'influence_figure', 'Variances', 'variances_of', 'half_width', 'power_of', 'power_table', 'power_figure',
-           'chosen_images', 'read_regions', 'photographs_of', 'image_iou', 'comparable', 'draw_example', 'qualitative',
-           'best_competitor', 'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative',
-           'weak_groups', 'weak_row', 'table5_weak_supervision', 'fig5_weak_supervision', 'lead_columns',
-           'replication_row', 'replication_groups', 'replication_table', 'replication_figure', 'split_groups',
-           'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table',
-           'score_panel', 'labelled_rows', 'score_panels', 'policy_figure', 'seam_scores', 'shortcut_table',
-           'shortcut_figure', 'ladder_groups', 'ladder_rows', 'ladder_table', 'draw_reported', 'draw_steps',
-           'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
-           'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'window',
-           'window_side', 'draw_blends', 'fig8_blends', 'markdown_text', 'latex_text', 'save_table', 'save_figure',
-           'save_artifact', 'draw_artifact', 'verdict_text', 'counted', 'comparison_text', 'best_text', 'leak_text',
-           'lead_text', 'weak_text', 'missing_text', 'study_runs', 'notebook_runs']
+           'comparison_rows', 'primary_rows', 'primary_influences', 'comparisons_table', 'noise_table',
+           'comparisons_figure', 'influence_figure', 'Variances', 'variances_of', 'half_width', 'power_of',
+           'power_table', 'power_figure', 'chosen_images', 'read_regions', 'photographs_of', 'image_iou', 'comparable',
+           'draw_example', 'qualitative', 'best_competitor', 'fig4_qualitative', 'fractions_of',
+           'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_groups', 'weak_row', 'table5_weak_supervision',
+           'fig5_weak_supervision', 'lead_columns', 'replication_row', 'replication_groups', 'replication_table',
+           'replication_figure', 'split_groups', 'leak_rows', 'leakage_table', 'leakage_figure', 'attribution_table',
+           'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows', 'score_panels', 'policy_figure',
+           'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_groups', 'ladder_rows', 'ladder_table',
+           'draw_reported', 'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text', 'fig2_histogram',
+           'telling_step', 'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline',
+           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'markdown_text',
+           'latex_text', 'save_table', 'save_figure', 'save_artifact', 'draw_artifact', 'verdict_text', 'counted',
+           'comparison_text', 'best_text', 'leak_text', 'lead_text', 'weak_text', 'missing_text', 'study_runs',
+           'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
 import math
@@ -51,9 +52,11 @@ from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, load_datas
 from .injection import DonorPool, DynamicLabelInjection, InjectionPlan, class_presence, draw_plan
 from .metrics import Comparison, compare, influence, pooled_iou, scores, tile_counts
 from .models import ENCODERS
-from .study import (AGAIN, AUTHORS, LADDER, RESULTS, STUDIES, load_runs, one_kind, one_recipe, read_counts, resolve_all, run_matrix,
+from .study import (AGAIN, AUTHORS, LADDER, RESULTS, STUDIES, load_runs, one_kind, one_recipe, read_counts,
+                       resolve_all, run_matrix,
                        study_configs)
-from .training import (METHODS, PRESETS, RunConfig, as_batch, chance, draw_regions, median_images, project_root, run_key, run_name,
+from .training import (METHODS, PRESETS, RunConfig, as_batch, chance, draw_regions, median_images, project_root,
+                          run_key, run_name,
                           shuffled)
 
 # %% ../nbs/08_figures.ipynb #08-figures-012
@@ -63,7 +66,9 @@ def printed_values(
     "The numbers that the paper prints. Raises ValueError for an artifact of which it prints none."
     values = pd.read_csv(Path(find_spec("dli.data").origin).with_name("printed_values.csv"))
     own = values[values["artifact"] == artifact].drop(columns="artifact").reset_index(drop=True)
-    if own.empty: raise ValueError(f"artifact={artifact!r}: the paper prints numbers for {', '.join(values['artifact'].unique())}")
+    if own.empty:
+        raise ValueError(f"artifact={artifact!r}: the paper prints numbers for "
+                         f"{', '.join(values['artifact'].unique())}")
     return own
 
 # %% ../nbs/08_figures.ipynb #08-figures-014
@@ -87,21 +92,25 @@ class NoRows(ValueError):
 def one_budget(
     runs: pd.DataFrame,  # of `load_runs`
 ) -> pd.DataFrame:  # the same
-    "Raises NoRows without rows; ValueError if they differ in recipe, device, number format, data, budget, or an encoder's weights."
+    """Raises NoRows without rows; ValueError if they differ in recipe, device, number format, data, budget, or an
+    encoder's weights."""
     if runs.empty: raise NoRows("runs: expected rows, got none: train some first (see study)")
     one_recipe(runs)
     one_kind(runs)
     for name in BUDGET:
         values = runs[name].map(str).unique().tolist()
-        if len(values) > 1: raise ValueError(f"runs: expected rows of one {name}, got {values}: choose with runs[runs[{name!r}] == ...]")
+        if len(values) > 1:
+            raise ValueError(f"runs: expected rows of one {name}, got {values}: choose with runs[runs[{name!r}] == "
+                             f"...]")
     weights = runs.groupby("encoder")["weights"].agg(lambda w: w.fillna("none").unique().tolist())
     mixed = weights[weights.str.len() > 1]
     if len(mixed): raise ValueError(f"runs: expected the same weights in all rows of an encoder, got {mixed.to_dict()}")
     return runs
 
 # %% ../nbs/08_figures.ipynb #08-figures-020
-PLACE = ("encoder", "weights", "weights_hash", "dataset", "data", "fold", "partition", "seed", "preset", "steps", "image_size", "batch_size",
-         "lr", "warmup", "beta2", "evaluations", "decoder", "dtype", "out")  # where a run was made and with what budget; all else is a choice
+# where a run was made and with what budget; every other field is a choice
+PLACE = ("encoder", "weights", "weights_hash", "dataset", "data", "fold", "partition", "seed", "preset", "steps",
+         "image_size", "batch_size", "lr", "warmup", "beta2", "evaluations", "decoder", "dtype", "out")
 
 def matching(
     runs: pd.DataFrame,  # of `load_runs`
@@ -131,7 +140,8 @@ def named_numbers(name: str, numbers: Iterable[int]) -> str:
 def places_text(runs: pd.DataFrame) -> str:
     "Folds and partitions of rows: folds 0-4 of partitions 0, 1."
     folds = runs.groupby("partition")["fold"].agg(lambda f: tuple(sorted(set(f))))
-    parts = [f"{named_numbers('fold', own)} of {named_numbers('partition', folds.index[folds == own])}" for own in folds.unique()]
+    parts = [f"{named_numbers('fold', own)} of {named_numbers('partition', folds.index[folds == own])}"
+             for own in folds.unique()]
     return "; ".join(parts)
 
 def encoders_of(runs: pd.DataFrame) -> list[str]:
@@ -148,7 +158,8 @@ def each_of(values: Iterable) -> str:
     return " and ".join(dict.fromkeys(map(str, values)))
 
 def epochs_text(runs: pd.DataFrame) -> str:
-    "How often a training image was seen, from the fewest to the most; empty where rows don't say how many images there were."
+    """How often a training image was seen, from the fewest to the most; empty where rows don't say how many images
+    there were."""
     if "train_images" not in runs or runs["train_images"].isna().any(): return ""
     epochs = (runs["steps"] * runs["batch_size"] / runs["train_images"]).round().astype(int)
     spread = "-".join(map(str, sorted({epochs.min(), epochs.max()})))
@@ -161,7 +172,8 @@ def training_text(runs: pd.DataFrame) -> str:
     size = f"{first['image_size']} px, {first['steps']} steps of {first['batch_size']} images"
     budget = f"{'reduced' if reduced else 'full'} budget ({first['preset']}: {size}){epochs_text(runs)}"
     rate = f"rate {first['lr']:g}, warm-up {first['warmup']:.0%}, cosine to zero"
-    clean = each_of(runs["clean_validation"].map({True: "held-out clean images", False: "all clean images in training"}))
+    clean = each_of(runs["clean_validation"].map({True: "held-out clean images",
+                                                  False: "all clean images in training"}))
     scored = each_of(runs["select"].map(dict(last="the last step", best="the best evaluation by iou_micro")))
     dice = each_of(runs["dice"].map(lambda d: f"per {d}"))
     return f"{budget}; {rate}; Dice {dice}; masks > {each_of(runs['threshold'])}; {clean}; scores of {scored}"
@@ -175,7 +187,8 @@ def budget_line(
     half = "; decoder ends at half size" * (len(first["decoder"]) == 2)
     splits = " and ".join(sorted(runs["split"].unique()))
     count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    return (f"Rows: {data}; {training_text(runs)}{half}; {', '.join(encoders_of(runs))}; {splits} split; {places_text(runs)}; "
+    return (f"Rows: {data}; {training_text(runs)}{half}; {', '.join(encoders_of(runs))}; {splits} split; "
+            f"{places_text(runs)}; "
             f"{first['device']}, {first['dtype']}; recipe {first['recipe']}; {count}.")
 
 # %% ../nbs/08_figures.ipynb #08-figures-026
@@ -185,8 +198,10 @@ def fold_counts(
     "Raises ValueError if a fold of a partition occurs twice."
     twice = rows[rows[["partition", "fold"]].duplicated(keep=False)]
     if len(twice):
-        raise ValueError(f"expected one row per fold of a partition, got several: {twice['folder'].map(str).tolist()}: remove what should not be shown")
-    return {(int(row["partition"]), int(row["fold"])): read_counts(row) for _, row in rows.sort_values(["partition", "fold"]).iterrows()}
+        raise ValueError(f"expected one row per fold of a partition, got several: {twice['folder'].map(str).tolist()}: "
+                         f"remove what should not be shown")
+    return {(int(row["partition"]), int(row["fold"])): read_counts(row)
+            for _, row in rows.sort_values(["partition", "fold"]).iterrows()}
 
 def classes_of(counts: pd.DataFrame) -> list[str]:
     "The classes of a counts table."
@@ -217,7 +232,9 @@ def scored_rows(rows: pd.DataFrame) -> pd.DataFrame: # of one method and encoder
     return at_places(rows, scored_places(places_of(rows)))
 
 def on_common_places(groups: dict) -> dict: # label -> rows
-    "The rows of each group at the places that all groups have; groups without rows are left out. Raises NoRows if they have no place in common."
+    """The rows of each group at the places that all groups have; groups without rows are left out.
+
+    Raises NoRows if they have no place in common."""
     there = {label: rows for label, rows in groups.items() if len(rows)}
     if not there: raise NoRows("there are no rows yet")
     common = scored_places(set.intersection(*(set(places_of(rows)) for rows in there.values())))
@@ -225,11 +242,13 @@ def on_common_places(groups: dict) -> dict: # label -> rows
     return {label: at_places(rows, common) for label, rows in there.items()}
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame: # a row per score: pooled, mean, deviation (of n - 1)
-    "The scores of one method: pooled over the folds of a partition and averaged over partitions, and over the single folds."
+    """The scores of one method: pooled over the folds of a partition and averaged over partitions, and over the single
+    folds."""
     rows = scored_rows(rows)
     counts = fold_counts(rows)
     pool = lambda p: pd.concat([table for (q, _), table in counts.items() if q == p])
-    each = pd.DataFrame([scores(own := pool(p), classes_of(own)) for p in sorted(rows["partition"].unique())]).astype(float)
+    each = pd.DataFrame([scores(own := pool(p), classes_of(own))
+                         for p in sorted(rows["partition"].unique())]).astype(float)
     folds = rows[each.columns].astype(float)
     return pd.DataFrame(dict(pooled=each.mean(), mean=folds.mean(), deviation=folds.std()))
 
@@ -256,7 +275,8 @@ def difference(
     a: pd.DataFrame,  # rows of one method and encoder
     b: pd.DataFrame,  # of another
 ) -> Comparison | None:  # a - b; None: no fold in common
-    "Paired difference of `iou_macro` on what both have, with its 95 % tile-bootstrap interval where that is a whole partition."
+    """Paired difference of `iou_macro` on what both have, with its 95 % tile-bootstrap interval where that is a whole
+    partition."""
     pairs = paired_counts(a, b)
     if pairs is None: return None
     x, y, partitions = pairs
@@ -279,7 +299,8 @@ def difference_columns(
     result = None if a.index.equals(b.index) or a.empty or b.empty else difference(a, b)
     if result is None: return {name: math.nan, f"{name}_low": math.nan, f"{name}_high": math.nan, f"{name}_folds": "-"}
     low, high = (math.nan if end is None else end for end in (result.low, result.high))
-    return {name: result.difference, f"{name}_low": low, f"{name}_high": high, f"{name}_folds": folds_text(result, common_places(a, b))}
+    return {name: result.difference, f"{name}_low": low, f"{name}_high": high,
+            f"{name}_folds": folds_text(result, common_places(a, b))}
 
 # %% ../nbs/08_figures.ipynb #08-figures-034
 def score_columns(
@@ -289,7 +310,8 @@ def score_columns(
 ) -> dict:  # name; name_mean, name_mean_deviation
     "Scores of a method, over all its folds."
     own = summary(rows)
-    both = {column: value for name in names for column, value in zip((name, f"{name}_mean", f"{name}_mean_deviation"), own.loc[name])}
+    ends = ("", "_mean", "_mean_deviation")
+    both = {f"{name}{end}": value for name in names for end, value in zip(ends, own.loc[name])}
     return both | {name: own.loc[name, "pooled"] for name in pooled}
 
 def fit_columns(rows: pd.DataFrame) -> dict: # of one method and encoder: lowest_train_iou, lowest_in
@@ -297,7 +319,8 @@ def fit_columns(rows: pd.DataFrame) -> dict: # of one method and encoder: lowest
     names = [f"train_iou_{c}" for c in classes_of(read_counts(rows.iloc[0]))]
     each = rows.set_index(["partition", "fold"])[names].astype(float).stack()
     (partition, fold, name), value = each.idxmin(), each.min()
-    return dict(lowest_train_iou=value, lowest_in=f"{name.removeprefix('train_iou_')}, fold {fold} of partition {partition}")
+    return dict(lowest_train_iou=value,
+                lowest_in=f"{name.removeprefix('train_iou_')}, fold {fold} of partition {partition}")
 
 def size_columns(rows: pd.DataFrame) -> dict: # folds, partitions
     "How many folds a score is made of, and of how many partitions."
@@ -313,7 +336,8 @@ def method_row(
     "What a table says of a method: its scores, the difference to `dli`, its own fit, and how many folds there are."
     rows = matching(runs, method=method)
     return dict(encoder=rows["encoder"].iloc[0], method=method, **score_columns(rows, names, pooled),
-                **difference_columns("dli_minus", matching(runs, method="dli"), rows), **fit_columns(rows), **size_columns(rows))
+                **difference_columns("dli_minus", matching(runs, method="dli"), rows), **fit_columns(rows),
+                **size_columns(rows))
 
 # %% ../nbs/08_figures.ipynb #08-figures-034a
 def method_table(
@@ -324,7 +348,8 @@ def method_table(
 ) -> pd.DataFrame:
     "A row per encoder and method."
     each = [runs[runs["encoder"] == e] for e in encoders_of(runs)]
-    return pd.DataFrame([method_row(own, m, names, pooled) for own in each for m in methods if len(matching(own, method=m))])
+    return pd.DataFrame([method_row(own, m, names, pooled) for own in each
+                         for m in methods if len(matching(own, method=m))])
 
 def methods_shown(
     runs: pd.DataFrame,
@@ -355,8 +380,11 @@ def readable(
         if name.endswith(("_deviation", "_low", "_high")): continue
         spread, ends = f"{name}_deviation" in table, f"{name}_low" in table
         texts = [number_text(v, f"+{form}" if ends else form) for v in table[name]]
-        if spread: texts = [t if math.isnan(v) else f"{t} ± {v:{form}}" for t, v in zip(texts, table[f"{name}_deviation"])]
-        if ends: texts = [t if math.isnan(l) else f"{t} [{l:+{form}}, {h:+{form}}]" for t, l, h in zip(texts, table[f"{name}_low"], table[f"{name}_high"])]
+        if spread:
+            texts = [t if math.isnan(v) else f"{t} ± {v:{form}}" for t, v in zip(texts, table[f"{name}_deviation"])]
+        if ends:
+            texts = [t if math.isnan(l) else f"{t} [{l:+{form}}, {h:+{form}}]"
+                     for t, l, h in zip(texts, table[f"{name}_low"], table[f"{name}_high"])]
         columns[name] = texts
     return pd.DataFrame(columns)
 
@@ -371,7 +399,8 @@ def table1_methods(runs: pd.DataFrame) -> list[str]:
     return [m for m in METHODS if m not in elsewhere and len(matching(runs, method=m))]
 
 # %% ../nbs/08_figures.ipynb #08-figures-043
-PRINTED_AS = dict(table1={"dli": None, "dli-all": "dli"}, table2={})  # the printed DLI fills all clean images: it is our `dli-all`
+# the printed DLI fills all clean images: it is our `dli-all`
+PRINTED_AS = dict(table1={"dli": None, "dli-all": "dli"}, table2={})
 
 def with_printed(
     table: pd.DataFrame,  # of `method_table`
@@ -386,20 +415,26 @@ def with_printed(
     return table.assign(**columns)
 
 def with_average(table: pd.DataFrame) -> pd.DataFrame: # with a row per method more, where there are several encoders
-    "The mean over encoders of the methods that all of them have; deviations and differences are those of an encoder, and left out."
+    """The mean over encoders of the methods that all of them have; deviations and differences are those of an encoder,
+    and left out."""
     encoders, apart = table["encoder"].nunique(), ("dli_minus", "lowest_train_iou")
     complete = table.groupby("method", sort=False).filter(lambda own: len(own) == encoders)
     if encoders < 2 or complete.empty: return table
-    values = [c for c in complete.select_dtypes("number") if not c.endswith(("_deviation", "_low", "_high")) and c not in apart]
+    values = [c for c in complete.select_dtypes("number") if not c.endswith(("_deviation", "_low", "_high"))
+              and c not in apart]
     mean = complete.groupby("method", sort=False)[values].mean().reset_index().assign(encoder="average")
     mean = mean.astype(dict.fromkeys(("folds", "partitions"), int))
     return pd.concat([table, mean], ignore_index=True).fillna({"dli_minus_folds": "-", "lowest_in": "-"})
 
 # %% ../nbs/08_figures.ipynb #08-figures-044
-METRIC_NOTE = ("iou_macro: mean over classes of the IoU pooled over the held-out defective images of a partition, mean over partitions; iou_micro: Eq. 8, "
-               "the paper's; _mean: over folds, with its deviation; dli_minus: dli minus this method in iou_macro on the folds that both have, 95 % interval from "
-               "resampled tiles; lowest_train_iou: of a class, on the images the method was trained on; printed: Eq. 8 on a random split of images; printed_avg: its "
-               "mean over the paper's encoders (l-ResNest50d, l-ResNet18, l-MobileoneS1), none of which is efficientnet_lite0")
+METRIC_NOTE = ("iou_macro: mean over classes of the IoU pooled over the held-out defective images of a partition, mean "
+               "over partitions; iou_micro: Eq. 8, "
+               "the paper's; _mean: over folds, with its deviation; dli_minus: dli minus this method in iou_macro on "
+               "the folds that both have, 95 % interval from "
+               "resampled tiles; lowest_train_iou: of a class, on the images the method was trained on; printed: Eq. 8 "
+               "on a random split of images; printed_avg: its "
+               "mean over the paper's encoders (l-ResNest50d, l-ResNet18, l-MobileoneS1), none of which is "
+               "efficientnet_lite0")
 
 def notes_text(runs: pd.DataFrame, shown: pd.DataFrame, intervals: str = "") -> str:
     "Verdict on the budget, what intervals leave out, and the rows: what stands under every table and figure."
@@ -430,24 +465,28 @@ def judging_rows(runs: pd.DataFrame, encoders: Sequence[str]) -> pd.DataFrame:
     own = matching(runs, method="baseline")
     return own[(own["partition"] == 0) & own["encoder"].isin(encoders)]
 
-def admissible_text(runs: pd.DataFrame, encoders: Sequence[str] | None = None) -> str: # empty without rows of the baseline
+def admissible_text(runs: pd.DataFrame, encoders: Sequence[str] | None = None) -> str: # empty without the baseline
     "Whether the budget is admissible (protocol, section 3), by the baseline's worst class in its worst fold."
     own = judging_rows(runs, encoders or encoders_of(runs))
     if own.empty: return ""
     folds = own.groupby("encoder")["fold"].nunique().min()
-    worst = min((fit_columns(rows) | dict(encoder=e) for e, rows in own.groupby("encoder")), key=lambda fit: fit["lowest_train_iou"])
+    worst = min((fit_columns(rows) | dict(encoder=e) for e, rows in own.groupby("encoder")),
+                key=lambda fit: fit["lowest_train_iou"])
     verdict = "admissible" if worst["lowest_train_iou"] > ADMISSIBLE else "NOT ADMISSIBLE"
     where = label_of(worst["lowest_in"], worst["encoder"], own)
     part = "" if folds == FOLDS else f", judged by {folds} of its five folds"
-    return f"The budget is {verdict} by the protocol{part}: the baseline's lowest training IoU is {worst['lowest_train_iou']:.2f} ({where})."
+    return (f"The budget is {verdict} by the protocol{part}: the baseline's lowest training IoU is "
+            f"{worst['lowest_train_iou']:.2f} ({where}).")
 
 def admissibility_table(runs: pd.DataFrame) -> pd.DataFrame:
     "The baseline's training IoU of each class in each fold of partition 0."
     own = one_budget(judging_rows(runs, encoders_of(runs)))
     names = {f"train_iou_{c}": c for c in classes_of(read_counts(own.iloc[0]))}
     table = own[["encoder", "fold", *names]].rename(columns=names).reset_index(drop=True)
-    table = table.assign(lowest=table[[*names.values()]].min(axis=1), admissible=lambda t: np.where(t["lowest"] > ADMISSIBLE, "yes", "no"))
-    text = f"The baseline's IoU on the images it was trained on; the protocol asks for more than {ADMISSIBLE} for every class in every fold of partition 0"
+    table = table.assign(lowest=table[[*names.values()]].min(axis=1),
+                         admissible=lambda t: np.where(t["lowest"] > ADMISSIBLE, "yes", "no"))
+    text = (f"The baseline's IoU on the images it was trained on; the protocol asks for more than {ADMISSIBLE} for "
+            f"every class in every fold of partition 0")
     return titled(table, own, text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-047b
@@ -457,13 +496,15 @@ def interval_text(
 ) -> str:
     "What intervals resample and leave out, and why there is none."
     ends = [c for c in table if c.endswith("_low")]
-    without = any((table[c].isna() & table[c.removesuffix("_low")].notna()).any() for c in ends)
-    why = "No interval where two methods share less than a whole partition: from fewer than five folds it would be too short." * without
+    compared = [c.removesuffix("_low") for c in ends if c.removesuffix("_low") + "_folds" in table]
+    without = any((table[f"{name}_low"].isna() & table[name].notna()).any() for name in compared)
+    why = "No interval where two methods share less than a whole partition: from fewer folds it is too short." * without
     if not any(table[c].notna().any() for c in ends): return why
     own = runs[runs["partition"] == runs["partition"].min()].drop_duplicates(["split", "fold"])
     counts = pd.concat([read_counts(row) for _, row in own.iterrows()])
     tiles = tile_counts(counts, classes_of(counts))["class"].value_counts().reindex(classes_of(counts), fill_value=0)
-    text = f"Intervals resample {tiles.sum()} tiles within their class, of {tiles.idxmin()} only {tiles.min()}, in all partitions together"
+    text = (f"Intervals resample {tiles.sum()} tiles within their class, of {tiles.idxmin()} only {tiles.min()}, in "
+            f"all partitions together")
     return f"{text}; what another training would change is not in them (see the A/A pairs). {why}".strip()
 
 # %% ../nbs/08_figures.ipynb #08-figures-048
@@ -490,8 +531,10 @@ def table2(runs: pd.DataFrame) -> pd.DataFrame:
     return compared_methods(runs, ["dli-cutpaste", "dli-poisson", "dli"], "table2", common=True)
 
 # %% ../nbs/08_figures.ipynb #08-figures-054
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 7,
-         "xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 80, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False, "legend.fontsize": 7,
+         "xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 80, "figure.constrained_layout.use": True,
+         "pdf.fonttype": 42}
 
 def in_style(draw: Callable) -> Callable:
     "Decorator: draw in the study's style and close the figure, so that a notebook shows it once."
@@ -506,9 +549,10 @@ def caption(
     figure: Figure,  # altered
     text: str,  # what stands under it
 ) -> Figure:
-    "Write a caption under a figure, its lines broken where they would be wider."
+    "Write a caption under a figure, its lines broken at the figure's width."
     width = int(figure.get_figwidth() * 21)
     lines = "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    figure.set_figheight(figure.get_figheight() + 0.11 * max(lines.count("\n") - 2, 0))  # room for more than three lines
     figure.supxlabel(lines, fontsize=6.5, color="0.35", x=0.01, ha="left")
     return figure
 
@@ -541,7 +585,8 @@ def bar(
     ax.barh(y, value, height=0.72, color=color, alpha=0.8)
     fold_dots(ax, folds, y + 0.28)
     box = dict(facecolor="white", edgecolor="none", pad=0.2, alpha=0.8)
-    ax.text(np.nanmax([0, value]) + 0.03, y - 0.1, number_text(float(value), ".2f"), va="center", fontsize=6.5, zorder=4, bbox=box)
+    ax.text(np.nanmax([0, value]) + 0.03, y - 0.1, number_text(float(value), ".2f"), va="center", fontsize=6.5,
+            zorder=4, bbox=box)
 
 # %% ../nbs/08_figures.ipynb #08-figures-060
 def draw_class(
@@ -576,7 +621,8 @@ def fig3_iou_per_class(
         row[0].invert_yaxis()
         if len(encoders) > 1: row[0].set_ylabel(encoder)
     figure.get_layout_engine().set(wspace=0.06)
-    text = "IoU of each class, pooled over folds (bars) and in each fold (dots); grey: methods that inject nothing, dashed: the best of them"
+    text = ("IoU of each class, pooled over folds (bars) and in each fold (dots); grey: methods that inject nothing, "
+            "dashed: the best of them")
     return caption(figure, f"{text}.\n{notes_text(runs, shown)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-064
@@ -588,7 +634,9 @@ def table3_iou_per_class(runs: pd.DataFrame) -> pd.DataFrame:
     names = [f"{kind}_{c}" for kind in ("iou", "iou_of_images") for c in classes]
     table = method_table(shown, methods, [], names)
     table = table[["encoder", "method", *names, "lowest_train_iou", "lowest_in", "folds", "partitions"]]
-    return titled(table, shown, "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class", runs)
+    return titled(table, shown,
+                  "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class",
+                  runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-067
 @in_style
@@ -604,17 +652,21 @@ def forest(
     figure, ax = plt.subplots(figsize=(7.2, 0.26 * len(shown) + 1.2))
     ax.axvline(0, color="0.6", linewidth=0.8)
     for y, (_, row) in enumerate(shown.iterrows()):
-        ax.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color="C0", linewidth=4, alpha=0.35, solid_capstyle="butt")
+        ax.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color="C0", linewidth=4, alpha=0.35,
+                solid_capstyle="butt")
         ax.plot(row[name], y, "o", color="C0", markersize=5)
         fold_dots(ax, [float(d) for d in row[f"{name}_folds"].replace("/", " ").split()], y + 0.3)
-    ax.set(yticks=range(len(shown)), yticklabels=labels, ylim=(max(len(shown), 1) - 0.3, -0.7), xlabel="difference in iou_macro")
-    text = "Difference in iou_macro: pooled over folds, mean over partitions, with its 95 % interval from resampled tiles (bar), and in each fold (small dots)"
+    ax.set(yticks=range(len(shown)), yticklabels=labels, ylim=(max(len(shown), 1) - 0.3, -0.7),
+           xlabel="difference in iou_macro")
+    text = ("Difference in iou_macro: pooled over folds, mean over partitions, with its 95 % interval from resampled "
+            "tiles (bar), and in each fold (small dots)")
     return caption(figure, f"{text}.\n{notes_of(table)}")
 
 def table1_differences(runs: pd.DataFrame) -> Figure:
     "Table 1 as a picture: `dli` minus each other method."
     table = table1(runs)
-    return forest(table, "dli_minus", [label_of(f"dli - {m}", e, table) for m, e in zip(table["method"], table["encoder"])])
+    return forest(table, "dli_minus", [label_of(f"dli - {m}", e, table)
+                                       for m, e in zip(table["method"], table["encoder"])])
 
 # %% ../nbs/08_figures.ipynb #08-figures-068c
 PRIMARY = (("dli", "share"), ("dli", "inject-random"), ("dli", "baseline"), ("dli", "wce"))
@@ -630,7 +682,7 @@ def again_text(runs: pd.DataFrame) -> str: # of one encoder
     each = {m: difference(*pair).difference for m, pair in again_pairs(runs).items()}
     return ", ".join(f"{m} {d:+.3f}" for m, d in each.items()) or "-"
 
-def influence_of(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame: # of `dli.metrics.influence`; empty without a common fold
+def influence_of(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame: # of `influence`; empty without a common fold
     "What each tile moves the difference of two methods by."
     pairs = paired_counts(a, b)
     if pairs is None: return pd.DataFrame(columns=["tile", "class", "without", "moves"])
@@ -638,7 +690,8 @@ def influence_of(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame: # of `dli.me
 
 def tiles_text(moved: pd.DataFrame, n: int = 3) -> str:
     "The tiles that move a difference most, with what is left without each."
-    return ", ".join(f"{t['class']} {t['tile']} ({t['without']:+.3f} without)" for _, t in moved.head(n).iterrows()) or "-"
+    return ", ".join(f"{t['class']} {t['tile']} ({t['without']:+.3f} without)"
+                     for _, t in moved.head(n).iterrows()) or "-"
 
 # %% ../nbs/08_figures.ipynb #08-figures-068d
 def comparison_row(
@@ -650,34 +703,57 @@ def comparison_row(
     x, y = matching(runs, method=a), matching(runs, method=b)
     result, places = difference(x, y), common_places(x, y)
     partitions = "-" if result is None else " ".join(f"{d:+.3f}" for d in result.partitions)
-    return dict(encoder=runs["encoder"].iloc[0], difference_of=f"{a} - {b}", **difference_columns("difference", x, y), each_partition=partitions,
-                folds=len(places), partitions=len({p for p, _ in places}), again=again_text(runs), tiles_that_move_it=tiles_text(influence_of(x, y)))
+    return dict(encoder=runs["encoder"].iloc[0], difference_of=f"{a} - {b}", **difference_columns("difference", x, y),
+                each_partition=partitions,
+                folds=len(places), partitions=len({p for p, _ in places}))
 
 def comparison_rows(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> list[dict]:
     "Rows of `comparison_row`, of each encoder, for the pairs that have a fold in common."
     each = [(runs[runs["encoder"] == e], a, b) for e in encoders_of(runs) for a, b in pairs]
-    return [comparison_row(own, a, b) for own, a, b in each if common_places(matching(own, method=a), matching(own, method=b))]
+    return [comparison_row(own, a, b) for own, a, b in each
+            if common_places(matching(own, method=a), matching(own, method=b))]
+
+# %% ../nbs/08_figures.ipynb #08-figures-068d2
+def primary_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    "The rows of the methods of the primary comparisons."
+    return methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
+
+def primary_influences(runs: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]: # by encoder and "a - b"
+    "What each tile moves the primary comparisons by, in the protocol's order."
+    each = {(e, a, b): [matching(runs[runs["encoder"] == e], method=m) for m in (a, b)] for e in encoders_of(runs)
+            for a, b in PRIMARY}
+    found = {(e, f"{a} - {b}"): influence_of(*pair) for (e, a, b), pair in each.items() if common_places(*pair)}
+    if not found: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
+    return found
 
 def comparisons_table(runs: pd.DataFrame) -> pd.DataFrame:
     "The primary comparisons, in the protocol's order."
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
-    again = [second for e in encoders_of(runs) for _, second in again_pairs(runs[runs["encoder"] == e]).values()]
-    rows = comparison_rows(runs, PRIMARY)
-    if not rows: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
-    text = ("Primary comparisons: difference of iou_macro on the folds that both methods have, with its 95 % interval; in each partition, and in each fold "
-            "(partitions set apart by /); again: what a method gains over itself when trained with another seed; tiles_that_move_it: what is left without "
+    shown = primary_rows(runs)
+    moved, apart = primary_influences(shown), {e: runs[runs["encoder"] == e] for e in encoders_of(runs)}
+    table = pd.DataFrame(comparison_rows(shown, PRIMARY))
+    table["again"] = table["encoder"].map({e: again_text(own) for e, own in apart.items()})
+    table["tiles_that_move_it"] = [tiles_text(moved[key]) for key in zip(table["encoder"], table["difference_of"])]
+    again = [second for own in apart.values() for _, second in again_pairs(own).values()]
+    text = ("Primary comparisons: difference of iou_macro on the folds that both methods have, with its 95 % interval; "
+            "in each partition, and in each fold "
+            "(partitions set apart by /); again: what a method gains over itself when trained with another seed; "
+            "tiles_that_move_it: what is left without "
             "that tile. All other comparisons are secondary; no correction for their number is made")
-    return titled(pd.DataFrame(rows), one_budget(pd.concat([shown, *again])), text, runs)
+    return titled(table, one_budget(pd.concat([shown, *again])), text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-068f
 def noise_table(runs: pd.DataFrame) -> pd.DataFrame:
     "The A/A pairs: methods against themselves, trained again with another seed."
     pairs = {(e, m): pair for e in encoders_of(runs) for m, pair in again_pairs(runs[runs["encoder"] == e]).items()}
     if not pairs: raise NoRows("there is no run with another training seed yet")
-    rows = [dict(encoder=e, difference_of=f"{m} - {m} again", **difference_columns("difference", first, second), folds=len(common_places(first, second)))
+    rows = [dict(encoder=e, difference_of=f"{m} - {m} again", **difference_columns("difference", first, second),
+                 folds=len(common_places(first, second)))
             for (e, m), (first, second) in pairs.items()]
-    shown = one_budget(pd.concat([rows for first, second in pairs.values() for rows in (at_places(first, places_of(second)), second)]))
-    return titled(pd.DataFrame(rows), shown, "A/A pairs: difference of iou_macro between two trainings of the same method that differ in the seed alone", runs)
+    shown = one_budget(pd.concat([rows for first, second in pairs.values()
+                                  for rows in (at_places(first, places_of(second)), second)]))
+    return titled(pd.DataFrame(rows), shown,
+                  "A/A pairs: difference of iou_macro between two trainings of the same method that differ in the seed "
+                  "alone", runs)
 
 def comparisons_figure(runs: pd.DataFrame) -> Figure:
     "The primary comparisons, and below them the A/A pairs."
@@ -688,28 +764,24 @@ def comparisons_figure(runs: pd.DataFrame) -> Figure:
     return forest(both, "difference", [label_of(d, e, both) for e, d in zip(both["encoder"], both["difference_of"])])
 
 # %% ../nbs/08_figures.ipynb #08-figures-068j
-def influences(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    "`influence_of` each primary comparison, by its label."
-    runs = one_budget(runs)
-    each = [(e, a, b, *(matching(runs[runs["encoder"] == e], method=m) for m in (a, b))) for e in encoders_of(runs) for a, b in PRIMARY]
-    found = {label_of(f"{a} - {b}", e, runs): influence_of(x, y) for e, a, b, x, y in each if common_places(x, y)}
-    if not found: raise NoRows("there are no two methods of a primary comparison with a fold in common yet")
-    return found
-
 @in_style
 def influence_figure(runs: pd.DataFrame) -> Figure:
     "How much each tile moves the primary comparisons."
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
-    found, classes = influences(shown), classes_of(read_counts(shown.iloc[0]))
+    shown = primary_rows(runs)
+    found = {label_of(what, e, shown): moved for (e, what), moved in primary_influences(shown).items()}
+    classes = classes_of(read_counts(shown.iloc[0]))
     figure, ax = plt.subplots(figsize=(7.2, 0.5 * len(found) + 1.3))
     ax.axvline(0, color="0.6", linewidth=0.8)
     for y, moved in enumerate(found.values()):
         colors = [f"C{classes.index(c) + 1}" for c in moved["class"]]
         ax.scatter(moved["moves"], np.full(len(moved), y), s=14, c=colors, alpha=0.75, linewidths=0)
         for k, (_, tile) in enumerate(moved.head(3).iterrows()):
-            ax.annotate(f"{tile['tile']}", (tile["moves"], y), (0, 5 + 7 * (k % 2)), textcoords="offset points", ha="center", fontsize=6)
-    ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - 0.4, -0.7), xlabel="difference in iou_macro with all tiles, minus that without this one")
-    figure.legend(handles=[Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(classes)], loc="outside upper right", ncols=len(classes))
+            ax.annotate(f"{tile['tile']}", (tile["moves"], y), (0, 5 + 7 * (k % 2)), textcoords="offset points",
+                        ha="center", fontsize=6)
+    ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - 0.4, -0.7),
+           xlabel="difference in iou_macro with all tiles, minus that without this one")
+    figure.legend(handles=[Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(classes)], loc="outside upper right",
+                  ncols=len(classes))
     text = "What each tile moves a comparison by; the three tiles that move it most are named"
     return caption(figure, f"{text}.\n{notes_text(runs, shown)}")
 
@@ -722,13 +794,16 @@ class Variances:
     degrees: int  # degrees of freedom of `training`
 
 def variances_of(runs: pd.DataFrame) -> Variances: # of one encoder
-    "The two variances, from the A/A pairs and the primary comparisons. Raises NoRows without an A/A pair of a whole partition or a second partition."
-    pairs = [pair for a, b in PRIMARY if whole_partitions(common_places(*(pair := (matching(runs, method=a), matching(runs, method=b)))))]
-    compared = [difference(*pair) for pair in pairs]
+    """The two variances, from the A/A pairs and the primary comparisons.
+
+    Raises NoRows without an A/A pair of a whole partition or a second partition."""
+    pairs = [[matching(runs, method=m) for m in pair] for pair in PRIMARY]
+    compared = [difference(*pair) for pair in pairs if whole_partitions(common_places(*pair))]
     again = [pair for pair in again_pairs(runs).values() if whole_partitions(common_places(*pair))]
     squares = [(d**2, 1) for pair in again for d in difference(*pair).partitions]
     squares += [(float(np.var(c.partitions, ddof=1)), len(c.partitions) - 1) for c in compared if len(c.partitions) > 1]
-    if not squares or not compared: raise NoRows("the noise of training takes A/A pairs of a whole partition, or two whole partitions")
+    if not squares or not compared:
+        raise NoRows("the noise of training takes A/A pairs of a whole partition, or two whole partitions")
     degrees = sum(d for _, d in squares)
     training = sum(v * d for v, d in squares) / degrees
     tiles = np.mean([((c.high - c.low) / 3.92) ** 2 - training / len(c.partitions) for c in compared])
@@ -752,12 +827,14 @@ def power_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs, rows = one_budget(runs), []
     for e in encoders_of(runs):
         own = variances_of(runs[runs["encoder"] == e])
-        rows += [dict(encoder=e, partitions=p, half_width_these_tiles=float(half_width(own, p, False)), half_width_new_tiles=float(half_width(own, p, True)),
+        rows += [dict(encoder=e, partitions=p, half_width_these_tiles=float(half_width(own, p, False)),
+                      half_width_new_tiles=float(half_width(own, p, True)),
                       power=power_of(own, p), degrees_of_freedom=own.degrees) for p in PARTITIONS]
-    shown = methods_shown(runs, list(dict.fromkeys(m for pair in PRIMARY for m in pair)), common=False)
-    text = (f"Half-width of the 95 % interval of a difference in iou_macro by number of partitions: on these tiles (noise of training alone) and on new ones of the "
-            f"same kind; power: probability to see a true difference of {EFFECT} on these tiles; degrees_of_freedom: of the estimate of the training's noise")
-    return titled(pd.DataFrame(rows), shown, text, runs)
+    text = (f"Half-width of the 95 % interval of a difference in iou_macro by number of partitions: on these tiles "
+            f"(noise of training alone) and on new ones of the "
+            f"same kind; power: probability to see a true difference of {EFFECT} on these tiles; degrees_of_freedom: "
+            f"of the estimate of the training's noise")
+    return titled(pd.DataFrame(rows), primary_rows(runs), text, runs)
 
 @in_style
 def power_figure(runs: pd.DataFrame) -> Figure:
@@ -766,8 +843,10 @@ def power_figure(runs: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(6, 3.2))
     for k, e in enumerate(table["encoder"].unique()):
         own = variances_of(runs[runs["encoder"] == e])
-        ax.plot(x, half_width(own, x, True), "--", color=f"C{k}", label=label_of("new tiles of the same kind", e, table))
-        ax.plot(x, half_width(own, x, False), "o-", color=f"C{k}", markersize=4, label=label_of("these tiles: noise of training", e, table))
+        ax.plot(x, half_width(own, x, True), "--", color=f"C{k}",
+                label=label_of("new tiles of the same kind", e, table))
+        ax.plot(x, half_width(own, x, False), "o-", color=f"C{k}", markersize=4,
+                label=label_of("these tiles: noise of training", e, table))
     ax.set(xlabel="partitions of five folds", ylabel="half-width of the interval", ylim=(0, None), xticks=x)
     ax.legend()
     return caption(figure, f"Half-width of the 95 % interval of a difference in iou_macro.\n{notes_of(table)}")
@@ -784,12 +863,17 @@ def read_regions(
     row: pd.Series,  # of `load_runs`
     name: str,  # of a validation image
 ) -> np.ndarray:  # bool (K, H, W)
-    "The predicted regions of an image. Raises FileNotFoundError, or ValueError if the image was not validated in that run."
+    """The predicted regions of an image.
+
+    Raises FileNotFoundError, or ValueError if the image was not validated in that run."""
     path = Path(row["folder"]) / "regions.npz"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected the predicted regions of a run; they are drawn in the qualitative figures")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the predicted regions of a run; they are drawn in the qualitative "
+                                f"figures")
     with np.load(path) as file:
         names = file["name"].tolist()
-        if name not in names: raise ValueError(f"{path}: no image {name!r} among the {len(names)} that this run validated")
+        if name not in names:
+            raise ValueError(f"{path}: no image {name!r} among the {len(names)} that this run validated")
         return np.unpackbits(file["regions"][names.index(name)], axis=-1).astype(bool)
 
 # %% ../nbs/08_figures.ipynb #08-figures-071
@@ -809,13 +893,18 @@ def comparable(
     columns: dict[str, pd.DataFrame],  # title -> rows
     encoder: str | None,  # None: the first that all columns have
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, str]:  # columns, rows that choose the images, name of their method
-    "The columns on one encoder and on the folds of one partition that all of them have. Raises NoRows if there are none."
-    encoder = encoder or next((e for e in ENCODERS if all(e in set(rows["encoder"]) for rows in columns.values())), None)
+    """The columns on one encoder and on the folds of one partition that all of them have.
+
+    Raises NoRows if there are none."""
+    encoder = encoder or next((e for e in ENCODERS if all(e in set(rows["encoder"]) for rows in columns.values())),
+                              None)
     columns = {title: rows[rows["encoder"] == encoder] for title, rows in columns.items()}
     judge = "baseline" if len(matching(runs[runs["encoder"] == encoder], method="baseline")) else "dli"
     judging = matching(runs[runs["encoder"] == encoder], method=judge)
     common = set(places_of(judging)).intersection(*(places_of(rows) for rows in columns.values()))
-    if not common: raise NoRows(f"runs: expected an encoder and a fold that all of {', '.join(columns)} and {judge} have, got none")
+    if not common:
+        raise NoRows(f"runs: expected an encoder and a fold that all of {', '.join(columns)} and {judge} have, got "
+                     f"none")
     common = {place for place in common if place[0] == min(p for p, _ in common)}
     return {title: at_places(rows, common) for title, rows in columns.items()}, at_places(judging, common), judge
 
@@ -851,18 +940,22 @@ def qualitative(
     shown = one_budget(pd.concat(list(columns.values())))
     samples = photographs_of(shown) if samples is None else samples
     images, titles = chosen_images(judging), ["photograph", "truth", *columns]
-    figure, axes = plt.subplots(len(images), len(titles), figsize=(1.2 * len(titles), 1.22 * len(images) + 0.7), squeeze=False)
+    figure, axes = plt.subplots(len(images), len(titles), figsize=(1.2 * len(titles), 1.22 * len(images) + 0.7),
+                                squeeze=False)
     for axs, (_, chosen) in zip(axes, images.iterrows()):
         sample = samples[int(np.flatnonzero(samples.table["name"] == chosen["name"])[0])]
         draw_example(axs, sample.images[0], sample.masks[0], chosen, columns, len(samples.classes))
     for ax, title in zip(axes[0], titles): ax.set_title(title)
-    text = (f"{text}. Filled, in the colour of the class: predicted; white outline: true; the number is the image's IoU of its class. "
+    text = (f"{text}. Filled, in the colour of the class: predicted; white outline: true; the number is the image's "
+            f"IoU of its class. "
             f"Images: of each class the one whose IoU is the lower median for {judge}")
     return caption(figure, f"{text}.\n{notes_text(runs, shown)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-080
 def best_competitor(runs: pd.DataFrame) -> str:
-    "The method of Table 1 that injects nothing, is not `baseline`, and has the largest pooled `iou_macro`. Raises NoRows if there is none."
+    """The method of Table 1 that injects nothing, is not `baseline`, and has the largest pooled `iou_macro`.
+
+    Raises NoRows if there is none."""
     rivals = [m for m in table1_methods(runs) if not injects(m) and m != "baseline"]
     if not rivals: raise NoRows("runs: expected rows of a method that injects nothing, beside baseline, got none")
     table = method_table(runs, rivals, [], ["iou_macro"])
@@ -872,7 +965,9 @@ def fig4_qualitative(runs: pd.DataFrame, samples: Samples | None = None, encoder
     "Fig. 4: truth, baseline, best competitor, DLI."
     rival = best_competitor(runs)
     columns = {m: matching(runs, method=m) for m in ("baseline", rival, "dli")}
-    return qualitative(runs, columns, samples, f"Predictions on held-out images; {rival} is the best of the rivals by its scores on these very images", encoder)
+    return qualitative(runs, columns, samples,
+                       f"Predictions on held-out images; {rival} is the best of the rivals by its scores on these very "
+                       f"images", encoder)
 
 # %% ../nbs/08_figures.ipynb #08-figures-082
 def fractions_of(runs: pd.DataFrame) -> list[float]:
@@ -888,17 +983,19 @@ def fig6_weak_qualitative(runs: pd.DataFrame, samples: Samples | None = None, en
 
 def fig7_ablation_qualitative(runs: pd.DataFrame, samples: Samples | None = None, encoder: str | None = None) -> Figure:
     "Fig. 7: cut-paste only, Poisson only, both."
-    columns = {title: matching(runs, method=m) for title, m in {"cut-paste": "dli-cutpaste", "Poisson": "dli-poisson", "both": "dli"}.items()}
+    methods = {"cut-paste": "dli-cutpaste", "Poisson": "dli-poisson", "both": "dli"}
+    columns = {title: matching(runs, method=m) for title, m in methods.items()}
     return qualitative(runs, columns, samples, "DLI by way of blending", encoder)
 
 # %% ../nbs/08_figures.ipynb #08-figures-086
 WEAK = "dli", "wce"  # the methods of Fig. 5
 LINES = dict(color="C0", marker="o", markersize=4), dict(color="0.45", marker="s", markersize=4)
 
-def weak_groups(runs: pd.DataFrame) -> dict[tuple[str, float], pd.DataFrame]: # of one encoder; (method, fraction) -> rows
+def weak_groups(runs: pd.DataFrame) -> dict[tuple[str, float], pd.DataFrame]: # of one encoder, by method and fraction
     "The rows of Fig. 5, on the folds that all have. Raises NoRows if nothing was trained on a part of the data."
     groups = {(m, float(f)): matching(runs, method=m, fraction=float(f)) for m in WEAK for f in fractions_of(runs)}
-    if not any(len(rows) for (_, f), rows in groups.items() if f < 1): raise NoRows("nothing was trained on a part of the data yet")
+    if not any(len(rows) for (_, f), rows in groups.items() if f < 1):
+        raise NoRows("nothing was trained on a part of the data yet")
     return on_common_places(groups)
 
 def weak_row(
@@ -910,10 +1007,13 @@ def weak_row(
     rows, whole, values = groups[method, fraction], groups.get((method, 1.0)), printed_values("fig5")
     own = score_columns(rows, ["iou_macro"])
     full = math.nan if whole is None else score_columns(whole, ["iou_macro"])["iou_macro"]
-    printed = values[(values["row"] == method) & (values["column"] == f"relative drop at {fraction:.0%} of data")]["value"]
-    return dict(encoder=rows["encoder"].iloc[0], method=method, fraction=fraction, **own, drop=own["iou_macro"] / full - 1 if full else math.nan,
+    column = f"relative drop at {fraction:.0%} of data"
+    printed = values[(values["row"] == method) & (values["column"] == column)]["value"]
+    return dict(encoder=rows["encoder"].iloc[0], method=method, fraction=fraction, **own,
+                drop=own["iou_macro"] / full - 1 if full else math.nan,
                 printed_drop=printed.item() if len(printed) else math.nan,
-                **difference_columns("dli_minus", groups.get(("dli", fraction), rows), rows), **fit_columns(rows), **size_columns(rows))
+                **difference_columns("dli_minus", groups.get(("dli", fraction), rows), rows), **fit_columns(rows),
+                **size_columns(rows))
 
 # %% ../nbs/08_figures.ipynb #08-figures-086a
 def table5_weak_supervision(runs: pd.DataFrame) -> pd.DataFrame:
@@ -921,7 +1021,8 @@ def table5_weak_supervision(runs: pd.DataFrame) -> pd.DataFrame:
     each = [weak_groups(own) for _, own in one_budget(runs).groupby("encoder")]
     shown = one_budget(pd.concat([rows for groups in each for rows in groups.values()]))
     table = pd.DataFrame([weak_row(groups, *key) for groups in each for key in groups])
-    text = "IoU (iou_macro, pooled) by share of the training data, and its change relative to all of the data, on the folds that all rows have"
+    text = ("IoU (iou_macro, pooled) by share of the training data, and its change relative to all of the data, on the "
+            "folds that all rows have")
     return titled(table, shown, text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-088
@@ -944,12 +1045,15 @@ def fig5_weak_supervision(runs: pd.DataFrame) -> Figure:
         row[1].set(ylabel="against all of the data, %")
         row[1].legend()
     for ax in axes[-1]: ax.set(xlabel="share of the training data, %", xticks=100 * table["fraction"].unique())
-    stars = " Stars: the paper's, of Eq. 8 (our iou_micro), on a random split of images and with other encoders." * bool(table["printed_drop"].notna().any())
-    text = "Left: iou_macro, pooled over folds, by share of the training data; right: its change relative to all of the data; intervals are in the table"
+    printed = " Stars: the paper's, of Eq. 8 (our iou_micro), on a random split of images and with other encoders."
+    stars = printed * bool(table["printed_drop"].notna().any())
+    text = ("Left: iou_macro, pooled over folds, by share of the training data; right: its change relative to all of "
+            "the data; intervals are in the table")
     return caption(figure, f"{text}.{stars}\n{notes_of(table)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-091a
-REPLICATED = {"baseline": "baseline", "focal-authors": "focal", "balanced-authors": "balanced", "wce": "wce", "dli-authors": "dli"}
+REPLICATED = {"baseline": "baseline", "focal-authors": "focal", "balanced-authors": "balanced", "wce": "wce",
+              "dli-authors": "dli"}
 
 def lead_columns(rows: pd.DataFrame, dli: pd.DataFrame) -> dict: # lead, lead_deviation, lead_folds
     "How much larger the `iou_micro` of DLI is: mean, deviation and single folds, on the folds that both have."
@@ -962,12 +1066,16 @@ def replication_row(groups: dict[str, pd.DataFrame], method: str) -> dict:
     "Our `iou_micro` of a method beside the printed one."
     rows, printed_as = groups[method], REPLICATED[method]
     encoder, own = rows["encoder"].iloc[0], summary(rows).loc["iou_micro"]
-    printed = {"printed": printed_of("table1", printed_as, encoder), "printed_avg": printed_of("table1", printed_as, "average")}
+    printed = {"printed": printed_of("table1", printed_as, encoder),
+               "printed_avg": printed_of("table1", printed_as, "average")}
     columns = {f"{name}{end}": v for name, pair in printed.items() for end, v in zip(("", "_deviation"), pair)}
     lead = lead_columns(rows, groups["dli-authors"]) if "dli-authors" in groups else lead_columns(rows, rows)
-    printed_lead = math.nan if method == "dli-authors" else printed_of("table1", "dli", "average")[0] - columns["printed_avg"]
-    return dict(encoder=encoder, method=method, printed_as=printed_as, iou_micro=own["mean"], iou_micro_deviation=own["deviation"], **columns,
-                **lead, printed_lead=printed_lead, iou_micro_pooled=own["pooled"], **fit_columns(rows), **size_columns(rows))
+    best = printed_of("table1", "dli", "average")[0]
+    printed_lead = math.nan if method == "dli-authors" else best - columns["printed_avg"]
+    return dict(encoder=encoder, method=method, printed_as=printed_as, iou_micro=own["mean"],
+                iou_micro_deviation=own["deviation"], **columns,
+                **lead, printed_lead=printed_lead, iou_micro_pooled=own["pooled"], **fit_columns(rows),
+                **size_columns(rows))
 
 # %% ../nbs/08_figures.ipynb #08-figures-091b
 def replication_groups(runs: pd.DataFrame) -> dict[str, pd.DataFrame]: # of one encoder; method -> rows
@@ -979,10 +1087,14 @@ def replication_table(runs: pd.DataFrame) -> pd.DataFrame:
     each = [replication_groups(own) for _, own in one_budget(runs).groupby("encoder")]
     shown = one_budget(pd.concat([rows for groups in each for rows in groups.values()]))
     table = pd.DataFrame([replication_row(groups, m) for groups in each for m in groups])
-    text = ("Under the authors' protocol: iou_micro (Eq. 8), mean and deviation over folds, as the paper prints it; printed: the paper's Table 1 for the same encoder; "
-            "printed_avg: its mean over l-ResNest50d, l-ResNet18 and l-MobileoneS1; lead: dli-authors minus this method in the same folds; printed_lead: the same of "
-            f"printed_avg. What still differs from the paper: the encoder ({', '.join(encoders_of(shown))}) and, where they are not the paper's, image size, batch, "
-            "steps and rate")
+    text = ("Under the authors' protocol: iou_micro (Eq. 8), mean and deviation over folds, as the paper prints it; "
+            "printed: the paper's Table 1 for the same encoder; "
+            "printed_avg: its mean over l-ResNest50d, l-ResNet18 and l-MobileoneS1; lead: dli-authors minus this "
+            "method in the same folds; printed_lead: the same of "
+            f"printed_avg. What still differs from the paper: the encoder ({', '.join(encoders_of(shown))}) and, where "
+            f"they are not the paper's, image size, batch, "
+            "steps and rate. The verdict on the budget is that of the tile split: how far a method fits its own "
+            "training images here, lowest_train_iou says")
     return titled(table, shown, text, runs)
 
 @in_style
@@ -992,9 +1104,11 @@ def replication_figure(runs: pd.DataFrame) -> Figure:
     figure, ax = plt.subplots(figsize=(7.2, 0.3 * len(table) + 1.3))
     for y, (_, row) in enumerate(table.iterrows()):
         ax.errorbar(row["iou_micro"], y - 0.12, xerr=row["iou_micro_deviation"], fmt="o", color="C0", markersize=5)
-        ax.errorbar(row["printed_avg"], y + 0.12, xerr=row["printed_avg_deviation"], fmt="o", color="0.4", markerfacecolor="white", markersize=5)
+        ax.errorbar(row["printed_avg"], y + 0.12, xerr=row["printed_avg_deviation"], fmt="o", color="0.4",
+                    markerfacecolor="white", markersize=5)
     labels = [label_of(m, e, table) for e, m in zip(table["encoder"], table["method"])]
-    ax.set(yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - 0.4, -0.6), xlabel="iou_micro (Eq. 8), mean and deviation over folds")
+    ax.set(yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - 0.4, -0.6),
+           xlabel="iou_micro (Eq. 8), mean and deviation over folds")
     kinds = [Line2D([], [], color=c, marker="o", linestyle="", markersize=5, markerfacecolor=face, label=label)
              for c, face, label in (("C0", "C0", "ours"), ("0.4", "white", "printed, mean over the paper's encoders"))]
     figure.legend(handles=kinds, loc="outside upper right", ncols=2)
@@ -1003,7 +1117,7 @@ def replication_figure(runs: pd.DataFrame) -> Figure:
 # %% ../nbs/08_figures.ipynb #08-figures-093
 SPLITS = "image", "tile"
 
-def split_groups(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, pd.DataFrame]]: # (encoder, method) -> split -> rows
+def split_groups(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, pd.DataFrame]]: # by encoder and method
     "The rows of encoders and methods under both splits, on the folds that both have."
     found = {}
     for e in encoders_of(runs):
@@ -1018,7 +1132,8 @@ def leak_rows(groups: dict[str, pd.DataFrame]) -> list[dict]: # of one encoder a
     left, right = (summary(rows)["pooled"] for rows in (image, tile))
     names = ["iou_macro", "iou_micro", *(f"iou_{c}" for c in classes_of(read_counts(tile.iloc[0])))]
     interval = difference_columns("leak", image, tile)
-    rows = [dict(encoder=tile["encoder"].iloc[0], method=tile["method"].iloc[0], score=n, image_split=left[n], tile_split=right[n], leak=left[n] - right[n],
+    rows = [dict(encoder=tile["encoder"].iloc[0], method=tile["method"].iloc[0], score=n, image_split=left[n],
+                 tile_split=right[n], leak=left[n] - right[n],
                  leak_low=math.nan, leak_high=math.nan, **size_columns(tile)) for n in names]
     rows[0] |= {k: interval[k] for k in ("leak_low", "leak_high")}
     return rows
@@ -1027,10 +1142,13 @@ def leak_rows(groups: dict[str, pd.DataFrame]) -> list[dict]: # of one encoder a
 def leakage_table(runs: pd.DataFrame) -> pd.DataFrame:
     "IoU under the image split and under the tile split, and their difference. Raises NoRows if no method has both."
     found = split_groups(one_budget(runs))
-    if not found: raise NoRows("runs: expected a method with rows of split 'image' and of split 'tile' on the same fold, got none")
+    if not found:
+        raise NoRows("runs: expected a method with rows of split 'image' and of split 'tile' on the same fold, got "
+                     "none")
     shown = one_budget(pd.concat([rows for groups in found.values() for rows in groups.values()]))
     table = pd.DataFrame([row for groups in found.values() for row in leak_rows(groups)])
-    text = ("IoU pooled over the same folds, held-out images (the paper's random split) against held-out tiles; leak: their difference, with its 95 % interval "
+    text = ("IoU pooled over the same folds, held-out images (the paper's random split) against held-out tiles; leak: "
+            "their difference, with its 95 % interval "
             "from resampled tiles where all images were held out under both")
     return titled(table, shown, text, runs)
 
@@ -1049,12 +1167,15 @@ def leakage_figure(runs: pd.DataFrame) -> Figure:
             ax.plot(row["tile_split"], y, "o", color=color, markersize=5, clip_on=False)
             ax.plot(row["image_split"], y, "o", color=color, markersize=5, markerfacecolor="white", clip_on=False)
         labels = ["mean", *own["score"].iloc[1:].str.removeprefix("iou_")]
-        ax.set(title=label_of(method, encoder, table), xlim=(0, 1), xlabel="IoU", yticks=range(len(own)), yticklabels=labels)
+        ax.set(title=label_of(method, encoder, table), xlim=(0, 1), xlabel="IoU", yticks=range(len(own)),
+               yticklabels=labels)
     axes[0, 0].invert_yaxis()
     faces = {"0.3": "tiles held out", "white": "images held out (the paper's random split)"}
-    kinds = [Line2D([], [], color="0.3", marker="o", linestyle="", markersize=5, markerfacecolor=face, label=label) for face, label in faces.items()]
+    kinds = [Line2D([], [], color="0.3", marker="o", linestyle="", markersize=5, markerfacecolor=face, label=label)
+             for face, label in faces.items()]
     figure.legend(handles=kinds, loc="outside upper right", ncols=2)
-    text = ("IoU of each class, pooled over folds, and the mean of the classes (iou_macro, black). Unless all five folds of a partition are there, the two splits "
+    text = ("IoU of each class, pooled over folds, and the mean of the classes (iou_macro, black). Unless all five "
+            "folds of a partition are there, the two splits "
             "hold out different images")
     return caption(figure, f"{text}.\n{notes_of(table)}")
 
@@ -1077,16 +1198,19 @@ def attribution_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = comparison_rows(shown, PAIRS)
     if not rows: raise NoRows("there are no two methods of this study with a fold in common yet")
     named = {f"{a} - {b}": what for (a, b), what in PAIRS.items()}
-    table = pd.DataFrame(rows).drop(columns=["tiles_that_move_it", "again"])
+    table = pd.DataFrame(rows)
     table.insert(2, "what", table["difference_of"].map(named))
-    text = ("Paired differences in iou_macro, 95 % interval from resampled tiles, in each partition and fold. dli, inject-random, sampler and share see the same share of "
-            "defective images, baseline fewer: a difference to baseline mixes that with everything else. sampler and share draw with replacement, the others shuffle")
+    text = ("Paired differences in iou_macro, 95 % interval from resampled tiles, in each partition and fold. dli, "
+            "inject-random, sampler and share see the same share of "
+            "defective images, baseline fewer: a difference to baseline mixes that with everything else. sampler and "
+            "share draw with replacement, the others shuffle")
     return titled(table, shown, text, runs)
 
 def attribution_figure(runs: pd.DataFrame) -> Figure:
     "`attribution_table` as a picture."
     table = attribution_table(runs)
-    return forest(table, "difference", [label_of(f"{d}: {w}", e, table) for e, d, w in zip(table["encoder"], table["difference_of"], table["what"])])
+    return forest(table, "difference", [label_of(f"{d}: {w}", e, table)
+                                        for e, d, w in zip(table["encoder"], table["difference_of"], table["what"])])
 
 # %% ../nbs/08_figures.ipynb #08-figures-103
 POLICIES = "dli", "dli-all"
@@ -1096,8 +1220,10 @@ def policy_table(runs: pd.DataFrame) -> pd.DataFrame:
     "`dli` against `dli-all`: IoU and the clean figures."
     shown = methods_shown(runs, POLICIES)
     table = method_table(shown, POLICIES, ["iou_macro", "iou_micro", *CLEAN_SCORES])
-    text = ("dli leaves clean images as they are once classes are equal, dli-all leaves none; pooled over folds, _mean: over folds with its deviation; clean_alarm: share "
-            "of clean images with a predicted region; alarm_at_95: alarmed when 95 % of the defective ones are found; auroc_image: clean against defective")
+    text = ("dli leaves clean images as they are once classes are equal, dli-all leaves none; pooled over folds, "
+            "_mean: over folds with its deviation; clean_alarm: share "
+            "of clean images with a predicted region; alarm_at_95: alarmed when 95 % of the defective ones are found; "
+            "auroc_image: clean against defective")
     return titled(table, shown, text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-105
@@ -1109,7 +1235,8 @@ def score_panel(
     name: str,  # score, in every row
     color: str,
 ) -> None:
-    "A bar per label, and a dot for each fold: of a score pooled over folds; of an alarm at a seam, which is kept per run, the mean."
+    """A bar per label, and a dot for each fold: of a score pooled over folds; of an alarm at a seam, which is kept per
+    run, the mean."""
     for y, own in enumerate(rows.values()):
         value = own[name].astype(float).mean() if name in SEAMS_ONLY else summary(own).loc[name, "pooled"]
         bar(ax, y, value, own[name].astype(float), color)
@@ -1118,7 +1245,8 @@ def score_panel(
 
 def labelled_rows(runs: pd.DataFrame, methods: Sequence[str]) -> dict[str, pd.DataFrame]:
     "Rows by method, and by encoder where there are several."
-    each = {label_of(m, e, runs): matching(runs[runs["encoder"] == e], method=m) for e in encoders_of(runs) for m in methods}
+    each = {label_of(m, e, runs): matching(runs[runs["encoder"] == e], method=m) for e in encoders_of(runs)
+            for m in methods}
     return {k: rows for k, rows in each.items() if len(rows)}
 
 def score_panels(
@@ -1152,34 +1280,45 @@ def seam_scores(
 ) -> dict:  # score, and score_deviation
     "Alarms without a patch, with one, and the rise over the run's own alarms without: mean and deviation over folds."
     each = rows[[*SEAMS]].astype(float)
-    for n, blend in ((2, "cutpaste"), (4, "poisson")): each.insert(n, f"seam_rise_{blend}", each[f"seam_alarm_{blend}"] - each["clean_alarm"])
-    return {column: value for name in each for column, value in ((name, each[name].mean()), (f"{name}_deviation", each[name].std()))}
+    for n, blend in ((2, "cutpaste"), (4, "poisson")):
+        each.insert(n, f"seam_rise_{blend}", each[f"seam_alarm_{blend}"] - each["clean_alarm"])
+    pairs = [(name, each[name].mean(), each[name].std()) for name in each]
+    return {column: value for name, mean, std in pairs for column, value in ((name, mean), (f"{name}_deviation", std))}
 
 def shortcut_table(runs: pd.DataFrame) -> pd.DataFrame:
-    "Alarms on clean tiles as they are, and with a clean patch cut-pasted or blended into each: mean and deviation over folds."
+    """Alarms on clean tiles as they are, and with a clean patch cut-pasted or blended into each: mean and deviation
+    over folds."""
     shown = methods_shown(runs, SHORTCUT)
     rows = []
     for encoder in encoders_of(shown):
         for m in SHORTCUT:
             own = matching(shown[shown["encoder"] == encoder], method=m)
-            if len(own): rows.append(dict(encoder=encoder, method=m, **seam_scores(own), **fit_columns(own), **size_columns(own)))
-    text = ("Share of clean held-out images with a predicted region: as they are, and with a clean patch cut-pasted or blended by Poisson into each; seam_rise: what "
+            if len(own):
+                rows.append(dict(encoder=encoder, method=m, **seam_scores(own), **fit_columns(own),
+                                 **size_columns(own)))
+    text = ("Share of clean held-out images with a predicted region: as they are, and with a clean patch cut-pasted or "
+            "blended by Poisson into each; seam_rise: what "
             "alarms beyond the run's own clean_alarm, at the patch; baseline never saw a pasted patch")
     return titled(pd.DataFrame(rows), shown, text, runs)
 
 @in_style
 def shortcut_figure(runs: pd.DataFrame) -> Figure:
     "`shortcut_table` as a picture."
-    text = ("Share of clean held-out images alarmed: as they are, and with a clean patch pasted into each. A seam's part is what a bar exceeds the first panel's by; "
+    text = ("Share of clean held-out images alarmed: as they are, and with a clean patch pasted into each. A seam's "
+            "part is what a bar exceeds the first panel's by; "
             "baseline never saw a pasted patch")
     return score_panels(runs, SHORTCUT, SEAMS, text)
 
 # %% ../nbs/08_figures.ipynb #08-figures-114
 def ladder_groups(runs: pd.DataFrame) -> dict[str, pd.DataFrame]: # of one encoder; rung -> rows
-    "The rungs that were trained, on the folds that all of them have. The last rung is trained as the one before, and reported otherwise."
+    """The rungs that were trained, on the folds that all of them have.
+
+    The last rung is trained as the one before, and reported otherwise."""
     groups = {label: matching(runs, **changes) for label, changes in LADDER}
-    own = [label for label, changes in LADDER if len(changes) > 1 or changes["method"] == "dli-authors"]  # of no other study
-    if not any(len(groups[label]) for label in own): raise NoRows("no rung between the authors' recipe and ours is trained yet")
+    # of no other study
+    own = [label for label, changes in LADDER if len(changes) > 1 or changes["method"] == "dli-authors"]
+    if not any(len(groups[label]) for label in own):
+        raise NoRows("no rung between the authors' recipe and ours is trained yet")
     return on_common_places(groups)
 
 def ladder_rows(groups: dict[str, pd.DataFrame]) -> list[dict]: # of `ladder_groups`
@@ -1187,10 +1326,12 @@ def ladder_rows(groups: dict[str, pd.DataFrame]) -> list[dict]: # of `ladder_gro
     table, before = [], None
     for label, rows in groups.items():
         own, best = score_columns(rows, ["iou_macro"]), rows["best_iou_macro_selected_on_val"].astype(float).mean()
-        same = before is not None and set(before["threshold"]) == set(rows["threshold"])  # else scored on other truths: nothing to compare
+        # else scored on other truths: nothing to compare
+        same = before is not None and set(before["threshold"]) == set(rows["threshold"])
         reported = own["iou_macro_mean"] if label == LADDER[-1][0] else best
         step = difference_columns("step", rows, before if same else rows[:0])
-        table.append(dict(encoder=rows["encoder"].iloc[0], change=label, reported=reported, **own, **step, **fit_columns(rows), **size_columns(rows)))
+        table.append(dict(encoder=rows["encoder"].iloc[0], change=label, reported=reported, **own, **step,
+                          **fit_columns(rows), **size_columns(rows)))
         before = rows
     return table
 
@@ -1200,8 +1341,10 @@ def ladder_table(runs: pd.DataFrame) -> pd.DataFrame:
     shown = pd.concat([rows for groups in each for rows in groups.values()])
     shown = one_budget(shown[~shown.index.duplicated()])
     table = pd.DataFrame([row for groups in each for row in ladder_rows(groups)])
-    text = ("From the authors' recipe to ours, one change a row, each kept in the rows below; reported: mean over folds of the best evaluation of a run, selected on the "
-            "very images it is reported on, and in the last row of the last step; iou_macro: at the last step, pooled; step: its difference to the row above. The first "
+    text = ("From the authors' recipe to ours, one change a row, each kept in the rows below; reported: mean over "
+            "folds of the best evaluation of a run, selected on the "
+            "very images it is reported on, and in the last row of the last step; iou_macro: at the last step, pooled; "
+            "step: its difference to the row above. The first "
             "row is scored on masks > 0, the others on masks > 127: between them there is no difference to tell")
     return titled(table, shown, text, runs)
 
@@ -1209,7 +1352,8 @@ def ladder_table(runs: pd.DataFrame) -> pd.DataFrame:
 def draw_reported(ax: plt.Axes, own: pd.DataFrame) -> None:
     "The left panel of the ladder: what is reported, and the last step."
     ax.plot(own["reported"][1:], own.index[1:], "-", color="C0", linewidth=1)  # the first row is scored on other masks
-    hollow = dict(color="C0", markersize=5, markerfacecolor="white", label="reported: best evaluation, in the last row the last step")
+    hollow = dict(color="C0", markersize=5, markerfacecolor="white",
+                  label="reported: best evaluation, in the last row the last step")
     ax.plot(own["reported"], own.index, "o", **hollow)
     ax.plot(own["iou_macro_mean"], own.index, "o", color="C0", markersize=5, label="last step")
     low, high = own[["iou_macro_mean", "reported"]].min(axis=None), own[["iou_macro_mean", "reported"]].max(axis=None)
@@ -1238,8 +1382,10 @@ def ladder_figure(runs: pd.DataFrame) -> Figure:
         draw_steps(right, own)
         left.set_title(encoder)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    text = ("From the authors' recipe (top) to ours, one change a row, each kept in the rows below. Hollow: the best evaluation of a run, selected on the images it is "
-            "reported on. Right: difference at the last step; none from the first row, scored on masks > 0, to the second, scored on masks > 127")
+    text = ("From the authors' recipe (top) to ours, one change a row, each kept in the rows below. Hollow: the best "
+            "evaluation of a run, selected on the images it is "
+            "reported on. Right: difference at the last step; none from the first row, scored on masks > 0, to the "
+            "second, scored on masks > 127")
     return caption(figure, f"{text}.\n{notes_of(table)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-119
@@ -1248,11 +1394,16 @@ def dataset_numbers(samples: Samples) -> pd.DataFrame:
     printed = printed_values("dataset").replace({"row": {"Defect-free": FREE}}).set_index(["row", "column"])
     number = lambda c, column, kind: float(printed[kind].get((c, column), math.nan))
     table = dataset_table(samples)
-    rows = [dict({"class": c, "images": int(own["images"])}, printed_images=number(c, "images", "value"), tiles=int(own["tiles"]),
-                 area=float(own["area"]), area_deviation=float(own["deviation"]), printed_area=number(c, "defect area %", "value"), printed_area_deviation=number(c, "defect area %", "std"))
+    rows = [dict({"class": c, "images": int(own["images"])}, printed_images=number(c, "images", "value"),
+                 tiles=int(own["tiles"]),
+                 area=float(own["area"]), area_deviation=float(own["deviation"]),
+                 printed_area=number(c, "defect area %", "value"),
+                 printed_area_deviation=number(c, "defect area %", "std"))
             for c, own in table.iterrows()]
     table = pd.DataFrame(rows).astype({"printed_images": "Int64"})
-    table.attrs |= dict(form=".2f", caption=f"{source_text(samples)}, {samples.masks.shape[1]} x {samples.masks.shape[2]} pixels: photographs, physical tiles, and the share of an image that is defect, in %.")
+    table.attrs |= dict(form=".2f",
+                        caption=f"{source_text(samples)}, {samples.masks.shape[1]} x {samples.masks.shape[2]} pixels: "
+                                f"photographs, physical tiles, and the share of an image that is defect, in %.")
     return table
 
 def source_text(samples: Samples) -> str:
@@ -1271,7 +1422,8 @@ def fig2_histogram(samples: Samples) -> Figure:
         ax.bar_label(bars, [str(v) for v in table[name]], fontsize=7, padding=1)
         ax.set(title=dict(images="photographs", tiles="physical tiles")[name], yticks=[])
         ax.spines["left"].set_visible(False)
-    return caption(figure, f"{source_text(samples)}. The paper prints {', '.join(f'{p} {c}' for c, p in zip(table['class'], table['printed_images']))}.")
+    return caption(figure, f"{source_text(samples)}. The paper prints "
+                           f"{', '.join(f'{p} {c}' for c, p in zip(table['class'], table['printed_images']))}.")
 
 # %% ../nbs/08_figures.ipynb #08-figures-124
 def telling_step(
@@ -1303,7 +1455,8 @@ def connect(
     color: str,
 ) -> None:
     "An arrow from one panel to another."
-    figure.add_artist(ConnectionPatch((0.5, -0.04), (0.5, 1.04), "axes fraction", axesA=above, axesB=below, arrowstyle="-|>", color=color, linewidth=1, mutation_scale=8))
+    figure.add_artist(ConnectionPatch((0.5, -0.04), (0.5, 1.04), "axes fraction", axesA=above, axesB=below,
+                                      arrowstyle="-|>", color=color, linewidth=1, mutation_scale=8))
 
 # %% ../nbs/08_figures.ipynb #08-figures-125
 def draw_injections(
@@ -1321,7 +1474,8 @@ def draw_injections(
         donor, color = pool.donors[plan.donor[i]], f"C{plan.label[i]}"
         column[0].text(0.5, -0.06, "+", color=color, fontsize=11, ha="center", va="top", transform=column[0].transAxes)
         draw_photo(column[1], torch.from_numpy(donor.image), torch.from_numpy(donor.mask * int(plan.label[i])))
-        column[1].set_title(f"{pool.classes[plan.label[i] - 1]}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}", color=color, fontsize=7, pad=2)
+        column[1].set_title(f"{pool.classes[plan.label[i] - 1]}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}",
+                            color=color, fontsize=7, pad=2)
         connect(figure, column[1], column[2], color)
 
 def draw_counts(
@@ -1351,21 +1505,25 @@ def fig1_pipeline(
     images, masks = as_batch(train, shuffled(len(train), batch_size, seed, step).numpy())
     plan = inject.make_params(masks, chance(seed, "injections", step))
     after = inject.transform(images, masks, plan)
-    figure, axes = plt.subplots(3, batch_size + 1, figsize=(0.92 * batch_size + 1.6, 3.9), width_ratios=[1] * batch_size + [1.1])
+    figure, axes = plt.subplots(3, batch_size + 1, figsize=(0.92 * batch_size + 1.6, 3.9),
+                                width_ratios=[1] * batch_size + [1.1])
     for ax in axes[:, :-1].flat: ax.set_axis_off()
     for row, (x, y) in zip(axes[::2], ((images, masks), after)):
         for ax, image, mask in zip(row, x, y): draw_photo(ax, image, mask)
         draw_counts(row[-1], y, train.classes)
     draw_injections(figure, axes[:, :-1], pool, plan)
     finish_pipeline(axes)
-    return caption(figure, f"{source_text(train)}, step {step} of the run of seed {seed}. Each class is raised to the number of the most frequent one; defects come from other training images, are moved "
-                   "and turned as their class allows, and blended by cut-paste or Poisson at random. Clean images that are not needed stay clean.")
+    return caption(figure, f"{source_text(train)}, step {step} of the run of seed {seed}. Each class is raised to the "
+                           f"number of the most frequent one; defects come from other training images, are moved "
+                   "and turned as their class allows, and blended by cut-paste or Poisson at random. Clean images that "
+                   "are not needed stay clean.")
 
 def finish_pipeline(axes: np.ndarray) -> None: # (3, B + 1) panels
     "What the rows of Fig. 1 are, and where they lead."
     axes[1, -1].set_axis_off()
     for ax, text in zip(axes[:, 0], ("batch", "donors", "balanced batch,\nto the U-Net")):
-        ax.text(-0.1, 0.5, text, rotation=90, ha="right", va="center", multialignment="center", transform=ax.transAxes, fontsize=7.5)
+        ax.text(-0.1, 0.5, text, rotation=90, ha="right", va="center", multialignment="center", transform=ax.transAxes,
+                fontsize=7.5)
 
 # %% ../nbs/08_figures.ipynb #08-figures-129
 def median_donor(pool: DonorPool, label: int) -> int:
@@ -1379,7 +1537,8 @@ def window(
     side: int,  # pixels, at most the image's
 ) -> tuple[slice, slice]:
     "A square around a region, inside the image."
-    start = [int(np.clip((v.min() + v.max() + 1 - side) // 2, 0, n - side)) for v, n in zip(np.nonzero(mask), mask.shape)]
+    start = [int(np.clip((v.min() + v.max() + 1 - side) // 2, 0, n - side))
+             for v, n in zip(np.nonzero(mask), mask.shape)]
     return tuple(slice(s, s + side) for s in start)
 
 def window_side(*masks: np.ndarray) -> int: # pixels
@@ -1399,11 +1558,14 @@ def draw_blends(
     placed: torch.Tensor,  # (H, W): the label of both
 ) -> None:
     "A row of Fig. 8: what surrounds the defect, where it was and where it is put."
-    source, label = train[int(np.flatnonzero(train.table["name"] == pool.donors[donor].name)[0])], int(pool.labels[donor])
+    own, label = np.flatnonzero(train.table["name"] == pool.donors[donor].name), int(pool.labels[donor])
+    source = train[int(own[0])]
     there, here = source.masks[0] == label, placed.numpy() == label
     side = window_side(there, here)
-    pictures = [target.permute(1, 2, 0), source.images[0], 255 * there, poisson.permute(1, 2, 0), pasted.permute(1, 2, 0)]
-    for ax, picture, mask in zip(axs, pictures, (here, there, there, here, here)): draw_regions(ax, np.asarray(picture)[window(mask, side)], mask)
+    pictures = [target.permute(1, 2, 0), source.images[0], 255 * there, poisson.permute(1, 2, 0),
+                pasted.permute(1, 2, 0)]
+    for ax, picture, mask in zip(axs, pictures, (here, there, there, here, here)):
+        draw_regions(ax, np.asarray(picture)[window(mask, side)], mask)
     axs[0].set_ylabel(pool.classes[label - 1], color=f"C{label}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-130
@@ -1418,21 +1580,28 @@ def fig8_blends(
     targets = clean[np.arange(len(donors)) * len(clean) // len(donors)]
     images, masks = as_batch(train, targets)
     plan = draw_plan(pool, np.arange(len(donors)), donors, pool.size, 0.5, torch.Generator().manual_seed(seed))
-    blend = lambda poisson: DynamicLabelInjection(pool).transform(images, masks, replace(plan, poisson=np.full(len(plan), poisson)))
+    inject = DynamicLabelInjection(pool)
+    blend = lambda poisson: inject.transform(images, masks, replace(plan, poisson=np.full(len(plan), poisson)))
     figure, axes = plt.subplots(len(donors), 5, figsize=(6, 1.2 * len(donors) + 0.6))
     (poisson, placed), (pasted, _) = blend(True), blend(False)
-    for axs, d, *pictures in zip(axes, donors, images, poisson, pasted, placed): draw_blends(axs, train, pool, d, *pictures)
-    for ax, title in zip(axes[0], ("(a) defect-free", "(b) donor", "(c) its mask", "(d) Poisson", "(e) cut-paste")): ax.set_title(title)
-    return caption(figure, f"{source_text(train)}: the donor of median area of each class, moved and turned as its class allows; (d) and (e) are the same plan, blended in two ways. Each row shows what surrounds the defect, at one scale.")
+    for axs, d, *pictures in zip(axes, donors, images, poisson, pasted, placed):
+        draw_blends(axs, train, pool, d, *pictures)
+    for ax, title in zip(axes[0], ("(a) defect-free", "(b) donor", "(c) its mask", "(d) Poisson", "(e) cut-paste")):
+        ax.set_title(title)
+    return caption(figure, f"{source_text(train)}: the donor of median area of each class, moved and turned as its "
+                           f"class allows; (d) and (e) are the same plan, blended in two ways. Each row shows what "
+                           f"surrounds the defect, at one scale.")
 
 # %% ../nbs/08_figures.ipynb #08-figures-133
 def markdown_text(table: pd.DataFrame) -> str:
     "A readable table with its heading and caption, in Markdown."
     heading = f"**{table.attrs['heading']}**\n\n" if table.attrs.get("heading") else ""
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return heading + "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{table.attrs.get('caption', '')}\n"
+    return heading + "\n".join("| " + " | ".join(line) + " |"
+                               for line in lines) + f"\n\n{table.attrs.get('caption', '')}\n"
 
-LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}", "~": r"\textasciitilde{}",
+LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}",
+                                                          "~": r"\textasciitilde{}",
                                                           "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
 
 def latex_text(table: pd.DataFrame) -> str:
@@ -1445,7 +1614,8 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
     "Write .csv (numbers), .md and .tex (as they are read)."
     text = readable(table)
     text.attrs = table.attrs
-    for suffix, content in ((".csv", table.to_csv(index=False)), (".md", markdown_text(text)), (".tex", latex_text(text))):
+    for suffix, content in ((".csv", table.to_csv(index=False)), (".md", markdown_text(text)),
+                            (".tex", latex_text(text))):
         Path(f"{path}{suffix}").write_text(content, encoding="utf-8")
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -1513,13 +1683,15 @@ def comparison_text(
 # %% ../nbs/08_figures.ipynb #08-figures-136d
 def best_text(runs: pd.DataFrame) -> str:
     "Which method of Table 1 scores best on partition 0, as a sentence."
-    own = runs[runs["partition"] == 0]
-    whole = lambda m: len(own) and whole_partitions(places_of(matching(own[own["encoder"] == encoders_of(own)[0]], method=m)))
-    methods = [m for m in METHODS if whole(m)]
+    own = runs[(runs["partition"] == 0) & (runs["encoder"] == next(iter(encoders_of(runs)), None))]
+    whole = lambda m: len(own) and whole_partitions(places_of(matching(own, method=m)))
+    # scored on the same masks
+    methods = [m for m in METHODS if METHODS[m].threshold == METHODS["baseline"].threshold and whole(m)]
     if len(methods) < 2: return "There are no two methods with a whole partition yet."
-    table = method_table(own[own["encoder"] == encoders_of(own)[0]], methods, [], ["iou_macro"]).sort_values("iou_macro", ascending=False)
+    table = method_table(own, methods, [], ["iou_macro"]).sort_values("iou_macro", ascending=False)
     (first, second), (x, y) = table["method"].iloc[:2], table["iou_macro"].iloc[:2]
-    return f"Of {len(methods)} methods on the five folds of partition 0, {first} has the largest iou_macro ({x:.3f}), {second} the next ({y:.3f})."
+    return (f"Of {len(methods)} methods on the five folds of partition 0, {first} has the largest iou_macro ({x:.3f}), "
+            f"{second} the next ({y:.3f}).")
 
 def leak_text(runs: pd.DataFrame, method: str = "baseline") -> str:
     "What the image split adds to a method's score, as a sentence."
@@ -1528,17 +1700,21 @@ def leak_text(runs: pd.DataFrame, method: str = "baseline") -> str:
     image, tile = (summary(found[0][s]).loc["iou_macro", "pooled"] for s in SPLITS)
     size = size_columns(found[0]["tile"])
     where = f"{counted(size['folds'], 'fold')} of {counted(size['partitions'], 'partition')}"
-    return f"{method} has iou_macro {image:.3f} if single images are held out and {tile:.3f} if whole tiles are, over {where}: {image - tile:+.3f}."
+    return (f"{method} has iou_macro {image:.3f} if single images are held out and {tile:.3f} if whole tiles are, over "
+            f"{where}: {image - tile:+.3f}.")
 
 # %% ../nbs/08_figures.ipynb #08-figures-136e
 def lead_text(runs: pd.DataFrame) -> str:
     "Whether the paper's lead over the baseline comes out under its own protocol, as a sentence."
     try: table = replication_table(runs).set_index("method")
     except NoRows: return "There are no rows of the replication yet."
-    if not {"baseline", "dli-authors"} <= set(table.index) or table.index.duplicated().any(): return "There is no encoder with both baseline and dli-authors yet."
+    if not {"baseline", "dli-authors"} <= set(table.index) or table.index.duplicated().any():
+        return "There is no encoder with both baseline and dli-authors yet."
     own, dli = table.loc["baseline"], table.loc["dli-authors"]
-    return (f"Under the authors' protocol dli-authors has an iou_micro of {dli['iou_micro']:.3f} and baseline {own['iou_micro']:.3f} "
-            f"({counted(own['folds'], 'fold')}): a lead of {own['lead']:+.3f}, where the paper prints {dli['printed_avg']:.3f} and "
+    return (f"Under the authors' protocol dli-authors has an iou_micro of {dli['iou_micro']:.3f} and baseline "
+            f"{own['iou_micro']:.3f} "
+            f"({counted(own['folds'], 'fold')}): a lead of {own['lead']:+.3f}, where the paper prints "
+            f"{dli['printed_avg']:.3f} and "
             f"{own['printed_avg']:.3f}, a lead of {own['printed_lead']:+.3f}.")
 
 def weak_text(runs: pd.DataFrame, fraction: float) -> str:
@@ -1548,7 +1724,8 @@ def weak_text(runs: pd.DataFrame, fraction: float) -> str:
     own = table[(table["fraction"] == fraction) & table["drop"].notna()].drop_duplicates("method")
     if own.empty: return f"Nothing was trained on {fraction:.0%} of the data yet."
     kept = " and ".join(f"{m} {d:+.0%}" for m, d in zip(own["method"], own["drop"]))
-    return f"With {fraction:.0%} of the data, iou_macro changes relative to all of it by: {kept} ({counted(own['folds'].iloc[0], 'fold')})."
+    return (f"With {fraction:.0%} of the data, iou_macro changes relative to all of it by: {kept} "
+            f"({counted(own['folds'].iloc[0], 'fold')}).")
 
 # %% ../nbs/08_figures.ipynb #08-figures-138
 def missing_text(
@@ -1559,7 +1736,8 @@ def missing_text(
 ) -> str:
     "The missing rows by name, and what to do."
     names = [run_name(c) for c in configs[:most]] + [f"and {len(configs) - most} more"] * (len(configs) > most)
-    return "\n  ".join([f"{len(configs)} of {wanted} rows are missing:", *names]) + f"\nTrain them: {command}\nor set run_missing=True"
+    return "\n  ".join([f"{len(configs)} of {wanted} rows are missing:",
+                        *names]) + f"\nTrain them: {command}\nor set run_missing=True"
 
 # %% ../nbs/08_figures.ipynb #08-figures-139
 def study_runs(
@@ -1575,7 +1753,8 @@ def study_runs(
 ) -> pd.DataFrame:  # of `load_runs`
     "The rows that a notebook draws from; what its studies lack is printed."
     places = list(folds) or list(range(FOLDS)), list(partitions) or [0]
-    wanted = resolve_all(replace(c, dataset=dataset, out=store) for c in study_configs(names, preset, encoders, *places))
+    wanted = resolve_all(replace(c, dataset=dataset, out=store)
+                         for c in study_configs(names, preset, encoders, *places))
     stores = dict.fromkeys([project_root() / RESULTS, project_root() / store])
     runs = load_runs(*stores, preset=preset)
     lost = [c for c in wanted if run_key(c) not in set(runs["key"])]
@@ -1583,10 +1762,12 @@ def study_runs(
         run_matrix(lost, jobs=jobs)
         runs = load_runs(*stores, preset=preset)
     flags = [f"--{name} {' '.join(map(str, values))}" for name, values in zip(("folds", "partitions"), places)]
-    command = f"dli-study {' '.join(names)} --preset {preset} --encoders {' '.join(encoders)} {' '.join(flags)} --dataset {dataset} --out {store}"
+    command = (f"dli-study {' '.join(names)} --preset {preset} --encoders {' '.join(encoders)} {' '.join(flags)} "
+               f"--dataset {dataset} --out {store}")
     if lost and not run_missing: print(missing_text(len(wanted), lost, command))
     here = runs["encoder"].isin(encoders) & (runs["source"] == wanted[0].dataset)
-    for name, values in (("fold", folds), ("partition", partitions)): here &= runs[name].isin(values) if len(values) else True
+    for name, values in (("fold", folds), ("partition", partitions)):
+        here &= runs[name].isin(values) if len(values) else True
     return runs[here].reset_index(drop=True)
 
 # %% ../nbs/08_figures.ipynb #08-figures-144
@@ -1596,11 +1777,15 @@ def notebook_runs(
     namespace: dict,  # `globals()` of a notebook
     *names: str,  # studies
 ) -> pd.DataFrame:
-    "`study_runs` with a notebook's parameters. Raises ValueError for one that is not known, or is no list where one is needed."
+    """`study_runs` with a notebook's parameters.
+
+    Raises ValueError for one that is not known, or is no list where one is needed."""
     plain = (str, int, float, bool, list, dict, tuple, type(None))
-    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, plain)}
+    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out")
+             and isinstance(v, plain)}
     unknown = sorted(set(given) - set(PARAMETERS))
     if unknown: raise ValueError(f"unknown parameter {', '.join(unknown)}: the parameters are {', '.join(PARAMETERS)}")
     for name in ("encoders", "folds", "partitions"):
-        if not isinstance(given[name], (list, tuple)): raise ValueError(f"{name}={given[name]!r}: expected a list: papermill -y '{name}: [{given[name]}]'")
+        if not isinstance(given[name], (list, tuple)):
+            raise ValueError(f"{name}={given[name]!r}: expected a list: papermill -y '{name}: [{given[name]}]'")
     return study_runs(names, **{k: v for k, v in given.items() if k not in ("out", "size")})
