@@ -19,7 +19,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from .data import FREE
-from .losses import one_hot
+from .injection import find_ignored
+from .losses import SURE, check_scale, check_shapes, one_hot
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-006
 @dataclass(frozen=True, eq=False)
@@ -35,16 +36,18 @@ class Counts:
 def count_batch(
     logits: torch.Tensor,  # float (B, K, H, W)
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
+    ignore_index: int | None = None,  # the masks' value for pixels that are not counted; None: there are none
 ) -> Counts:  # on the CPU
-    "Counts per image and class at probability 0.5. Raises ValueError for shapes that differ, and for NaN."
-    if logits.ndim != 4 or (len(logits), *logits.shape[2:]) != tuple(masks.shape):
-        raise ValueError(f"expected logits (B, K, H, W) and masks (B, H, W) of one size, got {tuple(logits.shape)} and "
-                         f"{tuple(masks.shape)}")
-    p = logits.float().sigmoid()
+    "Counts per image and class at probability 0.5. Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."
+    check_shapes(logits, masks)
+    target = one_hot(masks, logits.shape[1], ignore_index)
+    known = logits.float()
+    if ignore_index is not None: known = known.masked_fill(find_ignored(masks, ignore_index)[:, None], SURE)
+    p = known.sigmoid()
     p_max = p.amax((2, 3))
     if p_max.isnan().any(): raise ValueError("logits: expected numbers, got NaN. Has the training diverged?")
-    tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), one_hot(masks, p.shape[1]).flatten(2),
-                                          mode="multilabel")
+    if 0.5 < p_max.max() <= 0.7311: check_scale(logits)  # the sigmoid of 1: no logit is larger
+    tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), target.flatten(2), mode="multilabel")
     return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), masks[0].numel())
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-013

@@ -445,3 +445,31 @@ def test_influence_is_the_difference_without_a_tile():
 
 def test_a_comparison_without_an_interval_says_so():
     assert str(metrics.Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
+
+
+# ---- pixels that are not counted, and batches that make no sense -----------------------------------------------------------
+
+@given(seeds, st.sampled_from((255, -1, -100)))
+@settings(max_examples=30, deadline=None)
+def test_ignored_pixels_are_not_counted(seed, ignore):
+    "Whatever is predicted there, NaN included: the counts are those of an image that is sure of nothing there."
+    logits, masks, _ = example(seed)
+    masks, ignored = masks.long(), torch.rand(masks.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    counts = count_batch(logits.masked_fill(ignored[:, None], torch.nan), masks.masked_fill(ignored, ignore), ignore_index=ignore)
+    expected = count_batch(logits.masked_fill(ignored[:, None], -1e4), masks.masked_fill(ignored, 0))
+    for name in ("tp", "fp", "fn", "p_max"): assert torch.equal(getattr(counts, name), getattr(expected, name))
+    assert counts.pixels == masks[0].numel()
+
+
+def test_ignore_index_is_no_class():
+    logits, masks, _ = example(0)
+    with pytest.raises(ValueError, match="ignore_index: expected .* outside 0..3, got 2"): count_batch(logits, masks, ignore_index=2)
+    with pytest.raises(ValueError, match="pass ignore_index=255"): count_batch(logits, masks.long().fill_(255))
+
+
+def test_probabilities_and_empty_batches():
+    logits, masks, _ = example(0)
+    with pytest.raises(ValueError, match="expected at least one image"): count_batch(logits[:0], masks[:0])
+    with pytest.raises(ValueError, match="before the sigmoid"): count_batch((logits * 9).sigmoid(), masks)
+    with pytest.raises(ValueError, match="expected floats, .* got torch.bool"): count_batch(logits > 0, masks)
+    assert count_batch(logits * 0, masks).tp.sum() == (masks > 0).sum(), "zeros are logits"
