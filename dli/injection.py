@@ -10,8 +10,8 @@ __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'MASK_DTYPES', 'PATIENCE', 'COUNTING',
            'read_column', 'read_columns', 'InjectionPlan', 'describe_injection', 'draw_plan', 'target_windows',
            'crop_places', 'place_straight', 'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement',
            'place_donors', 'blend_whole', 'paste', 'blend_all', 'check_ignore_index', 'find_ignored', 'write_label',
-           'explain_floats', 'explain_channels', 'explain_masks', 'check_masks', 'explain_values', 'Shown', 'look_at',
-           'value_limits', 'check_values', 'doubt_scale', 'check_images', 'check_batch', 'warn_caller',
+           'explain_floats', 'brief', 'explain_channels', 'explain_masks', 'check_masks', 'explain_values', 'Shown',
+           'look_at', 'value_limits', 'check_values', 'doubt_scale', 'check_images', 'check_batch', 'warn_caller',
            'InjectionStats', 'explain_nothing', 'update_stats', 'plan_batch', 'check_generator', 'check_columns',
            'check_numbers', 'check_plan', 'goes_through_cpu', 'check_choices', 'find_impossible', 'InjectionChoices',
            'doubt_size', 'examine', 'decide', 'apply_here', 'apply_plan', 'DynamicLabelInjection', 'check_shown',
@@ -626,39 +626,49 @@ def explain_floats(
     classes: int | None = None,  # K, where it is known
 ) -> str:
     "What masks of floats seem to hold, and what to pass instead."
-    from_bytes = f"({code} * 255).round().to(torch.uint8)"
-    values = values.astype(np.float64)
+    values, from_bytes = values.astype(np.float64), f"({code} * 255).round().to(torch.uint8)"
     if not np.isfinite(values).all(): return "there are NaN or infinite values among them"
     if (values == np.rint(values)).all():
         if values.any() and (values.max() > 1 or classes == 1): return f"pass {code}.long()"
-        sure = "they are all 0" if not values.any() else "they are 0 and 1"
-        return f"{sure}: pass {code}.long() if they are the indices of classes, or {from_bytes} if a ToTensor divided the indices by 255"
+        return (f"they are all {'0 or 1' if values.any() else '0'}: pass {code}.long() if they are the indices of classes, or {from_bytes} "
+                "if a ToTensor divided the indices by 255")
     scaled, rough = values * 255, 1e-3 + 4e-3 * values * 255
     if values.min() >= 0 and values.max() <= 1 and (abs(scaled - np.rint(scaled)) <= rough).all():
         some = np.unique(np.rint(scaled[scaled > 0.5]).astype(int))[:3]
-        return (f"the values are {', '.join(f'{k}/255' for k in some)}, as a ToTensor makes them of {', '.join(map(str, some))}: "
+        fractions, indices = ", ".join(f"{k}/255" for k in some), ", ".join(map(str, some))
+        return (f"the values are {fractions}, as a ToTensor makes them of {indices}: "
                 f"pass {from_bytes}, or load masks without ToTensor")
     return (f"there are fractions such as {values[values != np.rint(values)][0]:.4g}, which are no classes: "
             "resize masks without interpolation (nearest), and turn probabilities into indices before")
 
+# %% ../nbs/02_injection.ipynb #02-injection-099h
+def brief(
+    numbers,  # a sequence of whole numbers
+    most: int = 8,
+) -> str:
+    "The first few, as in a list."
+    numbers = [int(x) for x in numbers]
+    return f"[{', '.join(map(str, numbers[:most]))}{', ...' * (len(numbers) > most)}]"
+
 # %% ../nbs/02_injection.ipynb #02-injection-099g
 def explain_channels(
     masks: torch.Tensor,  # (B, C, H, W)
+    code: str = "masks",  # what they are called
     classes: int | None = None,  # K, where it is known
 ) -> str:
     "What masks with channels seem to hold, and what to pass instead."
-    planes = masks.detach().cpu()
-    marked, count = planes != 0, len(planes.unique()) if planes.numel() else 0
-    several = marked.sum(1) > 1
-    if planes.shape[1] in (3, 4) and (planes[:, :3] == planes[:, :1]).all():
-        return "the channels are equal: pass masks[:, 0], if it holds indices of classes"
-    if count > 2: return "a mask holds one index of a class for each pixel, in no channel"
-    if several.any():
-        return (f"the classes overlap in images {np.flatnonzero(several.flatten(1).any(1).numpy())[:8].tolist()}: a mask holds one class for "
-                "each pixel, so decide which, for example the rarer")
-    one_each = marked.any(1).all() and planes.shape[1] != classes
-    if one_each: return "one channel is set in each pixel: pass masks.int().argmax(1), if channel 0 is the background"
-    return "a channel for each class: pass masks.any(1) * (masks.int().argmax(1) + 1), if channel 0 is class 1"
+    planes, channels = masks.detach().cpu(), masks.shape[1]
+    marked = planes != 0
+    if channels in (3, 4) and marked.any() and (planes[:, :3] == planes[:, :1]).all():
+        return f"the channels are equal: pass {code}[:, 0], if it holds indices of classes"
+    likely = classes is None or channels in (classes, classes + 1)
+    if not likely or len(planes.unique()) > 2: return "a mask holds one index of a class for each pixel, without channels"
+    if (overlapping := (marked.sum(1) > 1).flatten(1).any(1)).any():
+        return (f"the classes overlap in images {brief(np.flatnonzero(overlapping.numpy()))}: a mask holds one class for each pixel, "
+                "so decide which, for example the rarer")
+    if marked.any(1).all() and channels != classes:
+        return f"one channel is set in each pixel: pass {code}.int().argmax(1), if channel 0 is the background"
+    return f"a channel for each class: pass {code}.any(1) * ({code}.int().argmax(1) + 1), if channel 0 is class 1"
 
 # %% ../nbs/02_injection.ipynb #02-injection-100
 def explain_masks(
@@ -666,17 +676,18 @@ def explain_masks(
     classes: int | None = None,  # K, where it is known
 ) -> str:
     "What to pass instead."
-    fits, shape = masks.dtype in MASK_DTYPES, masks.shape
-    single = {2: "masks[None]", 3: "masks"}.get(masks.ndim)
-    if masks.ndim == 4 and shape[1] == 1: single = "masks[:, 0]"
-    elif masks.ndim == 4 and shape[3] == 1: single = "masks[..., 0]"
-    elif masks.ndim == 4 and masks.device.type != "meta": return explain_channels(masks, classes)
-    if single is None: return "a mask holds one index of a class for each pixel"
-    if fits: return f"pass {single}"
-    if masks.is_floating_point(): return explain_floats(masks.detach().double().cpu().numpy(), single, classes)
+    fits, shape, code = masks.dtype in MASK_DTYPES, masks.shape, {2: "masks[None]", 3: "masks"}.get(masks.ndim)
+    if masks.ndim == 4:
+        likely = (3, 4) if classes is None else (classes, classes + 1)
+        if 1 in (shape[1], shape[3]): code = "masks[:, 0]" if shape[1] == 1 else "masks[..., 0]"
+        elif shape[3] in likely and shape[1] not in likely: return explain_channels(masks.movedim(-1, 1), "masks.movedim(-1, 1)", classes)
+        else: return explain_channels(masks, "masks", classes)
+    if code is None: return "a mask holds one index of a class for each pixel"
+    if fits: return f"pass {code}"
+    if masks.is_floating_point(): return explain_floats(masks.detach().double().cpu().numpy(), code, classes)
     if masks.dtype == torch.bool and classes != 1:
-        return f"True does not say of which class a pixel is: pass {single}.long() * k for defects of class k"
-    return f"pass {single}.long()"
+        return f"True does not say of which class a pixel is: pass {code}.long() * k for defects of class k"
+    return f"pass {code}.long()"
 
 
 def check_masks(
@@ -686,8 +697,9 @@ def check_masks(
     "Raise an error that says what was expected, what came and what to pass."
     check_tensor("masks", masks)
     if masks.ndim == 3 and masks.dtype in MASK_DTYPES: return
-    raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {masks.dtype} {tuple(masks.shape)}: "
-                     f"{explain_masks(masks, classes)}")
+    came = f"{masks.dtype} {tuple(masks.shape)}"
+    remedy = "" if masks.device.type == "meta" else f": {explain_masks(masks, classes)}"
+    raise ValueError(f"masks: expected integers (B, H, W), 0 for background and k for class k, got {came}{remedy}")
 
 # %% ../nbs/02_injection.ipynb #02-injection-100c
 def explain_values(
@@ -696,16 +708,17 @@ def explain_values(
 ) -> str:
     "Which values masks should not hold, in which images, and what they seem to be."
     wrong = (values < 0) | (values > classes)
-    found, images = np.unique(values[wrong]).tolist(), np.flatnonzero(wrong.any(1)).tolist()
+    found, images = np.unique(values[wrong]).tolist(), np.flatnonzero(wrong.any(1))
     odd = found[-1] if found[-1] > classes else found[0]
-    hint = f"where {odd} marks pixels that count for nothing, pass ignore_index={odd}"
+    marks = f"where {odd} marks pixels that count for nothing, pass ignore_index={odd}"
     if found == [255] and set(np.unique(values)) <= {0, 255}:
         instead = "pass masks // 255" if classes == 1 else "write the index of its class, 1 for the first, in place of 255"
-        hint = f"these look like masks of 0 and 255: {instead}; or, {hint}"
-    elif found == [classes + 1]: hint = f"the background is 0 and the classes are 1..{classes}: is one class more in the masks than there should be? Or, {hint}"
-    elif len(found) > 1: hint = f"are these grey levels, colours, or the indices of other classes? Write the index of its class for each pixel"
-    several = f"{', '.join(map(str, found[:5]))}{', ...' * (len(found) > 5)} in images {str(images[:8])[:-1]}{', ...' * (len(images) > 8)}]"
-    return f"masks: expected values 0..{classes}, got {values.min()}..{values.max()} ({several}): {hint}"
+        hint = f"these look like masks of 0 and 255: {instead}; or, {marks}"
+    elif found == [classes + 1]: hint = f"the background is 0 and the classes are 1..{classes}; do the masks hold one more? Or, {marks}"
+    elif len(found) > 1: hint = "are these grey levels, colours, or indices of other classes? Write the index of its class for each pixel"
+    else: hint = marks
+    return (f"masks: expected values 0..{classes}, got {values.min()}..{values.max()} "
+            f"({brief(found, 5)[1:-1]} in images {brief(images)}): {hint}")
 
 # %% ../nbs/02_injection.ipynb #02-injection-100f
 @dataclass(frozen=True, eq=False)

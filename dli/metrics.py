@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Counts', 'count_batch', 'counts_table', 'columns_of', 'iou', 'pooled_iou', 'iou_scores', 'alarm_threshold',
-           'alarm_scores', 'scores', 'summarize', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
+           'alarm_scores', 'scores', 'summarize', 'check_counts', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
            'partition_counts', 'fold_iou_macro', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-003
@@ -102,9 +102,11 @@ def iou_scores(
     defective = table[table["class"] != FREE]
     each = {c: pooled_iou(defective, [c]) for c in classes}
     defined = [value for value in each.values() if value is not None]
+    true = columns_of(defective, "tp", classes) + columns_of(defective, "fn", classes)
+    showing = {c: (defective["class"] == c) | (true[:, k] > 0) for k, c in enumerate(classes)}
     return dict(iou_macro=sum(defined) / len(defined) if defined else None, iou_micro=pooled_iou(defective, classes),
                 **{f"iou_{c}": value for c, value in each.items()},
-                **{f"iou_of_images_{c}": pooled_iou(defective[defective["class"] == c], classes) for c in classes})
+                **{f"iou_of_images_{c}": pooled_iou(defective[showing[c]], classes) for c in classes})
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-028
 def alarm_threshold(
@@ -147,6 +149,17 @@ def summarize(
     pooled = pd.Series(scores(pd.concat(tables), classes), dtype=float)
     return pd.DataFrame(dict(pooled=pooled, mean=each.mean(), deviation=each.std(), folds=each.count()))
 
+# %% ../nbs/05_metrics.ipynb #05-metrics-044a
+def check_counts(
+    table: pd.DataFrame,  # of `counts_table`
+) -> None:
+    "Raise a ValueError that names images whose tile is unknown (no tile's counts would hold them) or whose name repeats."
+    unknown, repeated = table["tile"].isna(), table["name"].duplicated()
+    for problem, wrong in (("an unknown tile", unknown), ("a name that repeats", repeated)):
+        if wrong.any():
+            names = ", ".join(map(repr, table["name"][wrong][:3]))
+            raise ValueError(f"counts: expected one row per image and its tile; {wrong.sum()} have {problem}: {names}")
+
 # %% ../nbs/05_metrics.ipynb #05-metrics-044
 def tile_counts(
     table: pd.DataFrame,  # of `counts_table`, all folds together
@@ -155,6 +168,9 @@ def tile_counts(
     """Counts of the defective images summed over each tile.
 
     A tile of several classes is of its most frequent one (of equals, the first of `classes`)."""
+    if (unknown := table["tile"].isna()).any():
+        raise ValueError("counts: expected the tile of each image, it is unknown for "
+                         f"{table['name'][unknown].tolist()[:3]}")
     defective = table[table["class"] != FREE]
     sums = defective.groupby("tile")[[f"{kind}_{c}" for kind in ("tp", "fp", "fn") for c in classes]].sum()
     images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes),
@@ -240,6 +256,8 @@ def check_pairs(
     if len(a) != len(b) or not a:
         raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
     for fold, (x, y) in enumerate(zip(a, b)):
+        check_counts(x)
+        check_counts(y)
         if other := sorted(set(x["name"]) ^ set(y["name"])):
             raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: "
                              f"{other[:3]}")

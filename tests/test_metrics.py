@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 
 from dli import metrics
-from dli.data import FREE, synthetic_tiles
-from dli.metrics import alarm_scores, alarm_threshold, count_batch, counts_table, iou_scores, pooled_iou, scores
+from dli.data import FREE, csv_bytes, read_table, synthetic_tiles
+from dli.metrics import (
+    Counts, alarm_scores, alarm_threshold, compare, count_batch, counts_table, iou_scores, pooled_iou, scores, tile_counts)
 
 CLASSES = ["A", "B", "C"]
 seeds = st.integers(0, 2**31 - 1)
@@ -110,8 +111,48 @@ def test_pooled_counts_are_those_of_one_large_image(seed):
 def test_csv_repeats_the_table_exactly(seed):
     logits, masks, table = example(seed)
     table = counted(logits * 8, masks, table)
-    again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    again = read_table(csv_bytes(table))
     assert again.equals(table) and scores(again, CLASSES) == scores(table, CLASSES)
+    assert again.equals(pd.read_csv(io.StringIO(table.to_csv(index=False))))
+
+
+TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=8) | st.sampled_from(["001", "NA", "nan", "1", "None", "1e3", " a "])
+CLASS = TEXT.filter(lambda c: c not in ("macro", "micro", "Free") and not c.startswith("of_images"))
+
+
+@given(st.lists(CLASS, min_size=2, max_size=3, unique=True), st.data())
+@settings(max_examples=60, deadline=None)
+def test_counts_of_any_names_are_read_back_the_same(classes, given):
+    n = given.draw(st.integers(1, 6))
+    names = given.draw(st.lists(TEXT, min_size=n, max_size=n, unique=True))
+    parts = given.draw(st.lists(TEXT, min_size=n, max_size=n) | st.lists(st.integers(-10**9, 10**9), min_size=n, max_size=n))
+    kinds = given.draw(st.lists(st.sampled_from([*classes, "Free"]), min_size=n, max_size=n))
+    counts = Counts(*torch.randint(0, 9, (3, n, len(classes))), torch.rand(n, len(classes)), 64)
+    table = counts_table(pd.DataFrame({"name": names, "class": kinds, "tile": parts}), counts, classes)
+    again = read_table(csv_bytes(table))
+    assert list(again.columns) == list(table.columns) and all(again[c].tolist() == table[c].tolist() for c in table)
+    assert scores(again, classes) == scores(table, classes) and len(scores(table, classes)) == 5 + 2 * len(classes)
+    assert tile_counts(again, classes).to_dict() == tile_counts(table, classes).to_dict()
+
+
+def test_an_image_of_several_classes_counts_under_each():
+    known = pd.DataFrame({"name": ["a", "b", "c"], "class": ["A", "A", "Free"], "tile": [0, 1, 2]})
+    tp, fp = torch.tensor([[4, 1], [2, 0], [0, 0]]), torch.zeros(3, 2, dtype=torch.long)
+    fn = torch.tensor([[0, 3], [2, 0], [0, 0]])
+    found = scores(counts_table(known, Counts(tp, fp, fn, torch.rand(3, 2), 64), ["A", "B"]), ["A", "B"])
+    assert found["iou_of_images_A"] == 7 / 12 and found["iou_of_images_B"] == 5 / 8
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t: t.assign(tile=t["tile"].where(t.index != 2)), "1 have an unknown tile: '"),
+    (lambda t: t.assign(name=t["name"].where(t.index != 2, t["name"].iloc[0])), "1 have a name that repeats: '")])
+def test_unknown_tiles_and_repeated_names_are_no_pairs(spoil, message):
+    table = counted(*example(0))
+    for pair in ((spoil(table), table), (table, spoil(table)), (spoil(table), spoil(table))):
+        with pytest.raises(ValueError, match=message): compare([pair[0]], [pair[1]], CLASSES, times=10)
+    if "tile" in message:
+        defective = spoil(table).assign(**{"class": CLASSES[0]})
+        with pytest.raises(ValueError, match="expected the tile of each image"): tile_counts(defective, CLASSES)
 
 
 def test_the_table_of_samples():
