@@ -55,9 +55,8 @@ from .models import ENCODERS
 from .study import (AGAIN, AUTHORS, LADDER, RESULTS, STUDIES, load_runs, one_kind, one_recipe, read_counts,
                        resolve_all, run_matrix,
                        study_configs)
-from .training import (METHODS, PRESETS, RunConfig, as_batch, chance, draw_regions, median_images, project_root,
-                          run_key, run_name,
-                          shuffled)
+from .training import (METHODS, PLAIN_TEXT, PRESETS, RunConfig, as_batch, chance, draw_regions, legend_name,
+                          median_images, project_root, run_key, run_name, shuffled)
 
 # %% ../nbs/08_figures.ipynb #08-figures-012
 def printed_values(
@@ -539,7 +538,7 @@ def table2(runs: pd.DataFrame) -> pd.DataFrame:
     return compared_methods(runs, ["dli-cutpaste", "dli-poisson", "dli"], "table2", common=True)
 
 # %% ../nbs/08_figures.ipynb #08-figures-054
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
+STYLE = PLAIN_TEXT | {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "legend.fontsize": 7,
          "xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 80, "figure.constrained_layout.use": True,
          "pdf.fonttype": 42}
@@ -788,7 +787,7 @@ def influence_figure(runs: pd.DataFrame) -> Figure:
                         ha="center", fontsize=6)
     ax.set(yticks=range(len(found)), yticklabels=found, ylim=(len(found) - 0.4, -0.7),
            xlabel="difference in iou_macro with all tiles, minus that without this one")
-    figure.legend(handles=[Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(classes)], loc="outside upper right",
+    figure.legend(handles=[Patch(color=f"C{k + 1}", label=legend_name(c)) for k, c in enumerate(classes)], loc="outside upper right",
                   ncols=len(classes))
     text = "What each tile moves a comparison by; the three tiles that move it most are named"
     return caption(figure, f"{text}.\n{notes_text(runs, shown)}")

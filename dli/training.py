@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES', 'SELECT', 'INJECTION', 'WHOLE', 'NUMBERS',
            'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'NOTES',
-           'Method', 'Preset', 'default_device', 'chosen_device', 'network_dtype', 'memory_format', 'RunConfig',
-           'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields', 'file_hash',
+           'PLAIN_TEXT', 'Method', 'Preset', 'default_device', 'chosen_device', 'network_dtype', 'memory_format',
+           'RunConfig', 'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields', 'file_hash',
            'check_same', 'resolve', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled', 'clean_share_after_dli',
            'draw_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips', 'DepthwiseFunction', 'Depthwise',
            'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters',
@@ -15,10 +15,10 @@ __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES'
            'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'device_of',
            'advance', 'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions',
            'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained',
-           'save_state', 'show_progress', 'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions',
-           'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams',
-           'project_root', 'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked',
-           'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
+           'save_state', 'show_progress', 'fit', 'legend_name', 'plot_curve', 'median_images', 'draw_outline',
+           'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches',
+           'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances',
+           'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -49,8 +50,8 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 import dli
-from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, load_dataset, resolve_dataset, show_samples,
-                   split_samples)
+from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, drawable, load_dataset, resolve_dataset,
+                   show_samples, split_samples)
 from .injection import CHOICES, DonorPool, DynamicLabelInjection, default_margin
 from .losses import Lovasz, SegmentationLoss, make_loss
 from .metrics import count_batch, counts_table, scores
@@ -948,13 +949,27 @@ def fit(config: RunConfig,
     return done
 
 # %% ../nbs/06_training.ipynb #06-training-117
-def plot_curve(curve: pd.DataFrame, classes: tuple[str, ...]):
-    "Training loss, and validation IoU per class with its mean in black, over the steps. Returns the figure."
+PLAIN_TEXT = {"text.parse_math": False}  # names are shown as they are: a $ in one is no formula
+
+def legend_name(name: str) -> str:
+    "A name as a legend shows it: matplotlib leaves out those that begin with an underscore."
+    return drawable(f" {name}" if name.startswith("_") else name)
+
+@plt.rc_context(PLAIN_TEXT)
+def plot_curve(
+    curve: pd.DataFrame,  # an entry per evaluation, as in `curve.csv`
+    classes: tuple[str, ...],  # class names
+) -> Figure:
+    "Training loss, and validation IoU per class with its mean in black, over the steps."
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    left.plot(curve["step"], curve["loss"], "k.-"); left.set(xlabel="step", ylabel="training loss")
-    for k, c in enumerate(classes): right.plot(curve["step"], curve[f"iou_{c}"].astype(float), ".-", color=f"C{k + 1}", label=c, alpha=0.7)
+    left.plot(curve["step"], curve["loss"], "k.-")
+    left.set(xlabel="step", ylabel="training loss")
+    for k, c in enumerate(classes):
+        values = curve[f"iou_{c}"].astype(float)
+        right.plot(curve["step"], values, ".-", color=f"C{k + 1}", label=legend_name(c), alpha=0.7)
     right.plot(curve["step"], curve["iou_macro"].astype(float), "k.-", label="mean", linewidth=2)
-    right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1)); right.legend(fontsize=8, ncol=2)
+    right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1))
+    right.legend(fontsize=8, ncol=2)
     return figure
 
 # %% ../nbs/06_training.ipynb #06-training-119
@@ -991,6 +1006,7 @@ def draw_regions(
     draw_outline(ax, mask)
 
 # %% ../nbs/06_training.ipynb #06-training-120
+@plt.rc_context(PLAIN_TEXT)
 def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, dtype: torch.dtype = torch.float32):
     "The median image of every class and the first clean one: the true regions, and below the predicted ones. Returns the figure."
     index = median_images(counts, samples.classes) + list(np.flatnonzero(samples.clean)[:1])
@@ -1000,9 +1016,10 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
         image, mask = samples.images[i], samples.masks[i]
         draw_regions(above, image, np.zeros_like(mask), np.stack([mask == k + 1 for k in range(len(samples.classes))]))
         draw_regions(below, image, mask, regions)
-        above.set_title(f"{samples.table['class'][i]}\n{samples.table['name'][i]}", fontsize=7)
-    handles = [Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(samples.classes)]
-    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below, with the truth's outline", title_fontsize=7)
+        above.set_title(drawable(f"{samples.table['class'][i]}\n{samples.table['name'][i]}"), fontsize=7)
+    handles = [Patch(color=f"C{k + 1}", label=legend_name(c)) for k, c in enumerate(samples.classes)]
+    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title_fontsize=7,
+                  title="truth above, prediction below, with the truth's outline")
     return figure
 
 # %% ../nbs/06_training.ipynb #06-training-122
