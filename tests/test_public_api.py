@@ -1,4 +1,7 @@
 """Every public function with photographs of any shape: not square, grey or in colour, one class or several, names of any kind."""
+import subprocess
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -44,8 +47,17 @@ def as_tensors(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_public_name_is_walked():
-    public = {name for name, value in vars(dli).items() if not name.startswith("_") and not isinstance(value, type(dli))}
-    assert public == WALKED | OF_THE_TILES
+    assert set(dli.__all__) == WALKED | OF_THE_TILES and set(dli.__all__) <= set(dir(dli))
+    for name in dli.__all__: assert getattr(dli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'dynamic'"): dli.dynamic
+
+
+def test_the_transform_loads_no_network():
+    "What only training needs is imported when it is asked for."
+    code = ("import sys; from dli import DonorPool, DynamicLabelInjection, Samples, synthetic_tiles; samples = synthetic_tiles(n=60, size=32); "
+            "DynamicLabelInjection(DonorPool(samples)); print([m for m in ('segmentation_models_pytorch', 'timm', 'torchvision', 'papermill') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 @given(SHAPES, CLASSES)
