@@ -215,7 +215,7 @@ def solve_levels(
     b: torch.Tensor,  # (n, C, H, W), the right side
     tolerance: torch.Tensor,  # (n, 1, 1, 1), in the units of b
 ) -> torch.Tensor:  # like b
-    "Conjugate gradients, each direction from a V-cycle. Raises ValueError for what never converges: NaN or infinite values."
+    "Conjugate gradients, each direction from a V-cycle. Raises ValueError for NaN and infinite values."
     x, p, q, pq = torch.zeros_like(b), torch.zeros_like(b), torch.zeros_like(b), 1
     z = full_multigrid(levels, b)
     for _ in range(MOST_CYCLES):
@@ -753,7 +753,9 @@ def fill_up(
 
 # %% ../nbs/01_blending.ipynb #01-blending-124b
 def outside_compiler(function):
-    "Decorator: run a function as it is, even where `torch.compile` traces its caller. The result is the same; the graph is broken there."
+    """Decorator: run a function as it is, even where `torch.compile` traces its caller.
+
+    The result is the same; the graph is broken there."""
     plain = []
 
     @wraps(function)
@@ -772,10 +774,11 @@ def poisson_patches(
     mask: Sequence[torch.Tensor],  # n, bool (h, w) on the same device: the regions solved for
     mix_gradients: bool = False,  # per edge the stronger gradient of source and target, rather than the source's
 ) -> None:
-    """`poisson_blend` for windows of any size, in place: views of a batch are written through. All of one type and device; shapes are not checked.
+    """`poisson_blend` for windows of any size, in place: views of a batch are written through.
 
-    Neighbours beyond a window are taken as beyond the image (Neumann), so a window must hold the mask's neighbours as far as the image goes.
-    Windows may be of any stride, and must not overlap. Raises ValueError for NaN and infinite values."""
+    All are of one type and device; shapes are not checked. Neighbours beyond a window are taken as beyond the image
+    (Neumann), so a window must hold the mask's neighbours as far as the image goes. Windows may be of any stride, and
+    must not overlap. Raises ValueError for NaN and infinite values."""
     if not len(dst): return
     if dst[0].device.type != "cpu": return blend_tensors(dst, src, mask, mix_gradients)
     for i, (d, s, m) in enumerate(zip(dst, src, mask)):
@@ -824,7 +827,8 @@ def poisson_blend(
 
     At the image's border missing neighbours are dropped (Neumann); a mask that covers the image keeps the target's mean.
     Floats are clamped to 0..1, or to the images' own range where that is wider; uint8 is rounded. Solved on the CPU.
-    Raises ValueError when shapes, types or devices do not fit, and for NaN or infinite values in the region; TypeError for what is no tensor."""
+    Raises ValueError when shapes, types or devices do not fit, and for NaN or infinite values in the region;
+    TypeError for what is no tensor."""
     check_poisson(dst, src, mask)
     out = copy_batch(dst.cpu())
     poisson_patches(list(out), list(src.cpu()), list(mask.cpu()), mix_gradients)

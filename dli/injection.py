@@ -590,7 +590,8 @@ def check_ignore_index(
     if isinstance(ignore_index, (bool, np.bool_)) or not isinstance(ignore_index, (int, np.integer)):
         raise TypeError(f"ignore_index: expected a whole number such as 255, or None, got {ignore_index!r}")
     if 0 <= ignore_index <= classes:
-        raise ValueError(f"ignore_index: expected a value that masks have for no class, outside 0..{classes}, got {ignore_index}")
+        raise ValueError(f"ignore_index: expected a value that masks have for no class, outside 0..{classes}, "
+                         f"got {ignore_index}")
 
 
 def find_ignored(
@@ -630,8 +631,9 @@ def explain_floats(
     if not np.isfinite(values).all(): return "there are NaN or infinite values among them"
     if (values == np.rint(values)).all():
         if values.any() and (values.max() > 1 or classes == 1): return f"pass {code}.long()"
-        return (f"they are all {'0 or 1' if values.any() else '0'}: pass {code}.long() if they are the indices of classes, or {from_bytes} "
-                "if a ToTensor divided the indices by 255")
+        return (f"they are all {'0 or 1' if values.any() else '0'}: "
+                f"pass {code}.long() if they are the indices of classes, "
+                f"or {from_bytes} if a ToTensor divided the indices by 255")
     scaled, rough = values * 255, 1e-3 + 4e-3 * values * 255
     if values.min() >= 0 and values.max() <= 1 and (abs(scaled - np.rint(scaled)) <= rough).all():
         some = np.unique(np.rint(scaled[scaled > 0.5]).astype(int))[:3]
@@ -662,10 +664,11 @@ def explain_channels(
     if channels in (3, 4) and marked.any() and (planes[:, :3] == planes[:, :1]).all():
         return f"the channels are equal: pass {code}[:, 0], if it holds indices of classes"
     likely = classes is None or channels in (classes, classes + 1)
-    if not likely or len(planes.unique()) > 2: return "a mask holds one index of a class for each pixel, without channels"
+    if not likely or len(planes.unique()) > 2:
+        return "a mask holds one index of a class for each pixel, without channels"
     if (overlapping := (marked.sum(1) > 1).flatten(1).any(1)).any():
-        return (f"the classes overlap in images {brief(np.flatnonzero(overlapping.numpy()))}: a mask holds one class for each pixel, "
-                "so decide which, for example the rarer")
+        return (f"the classes overlap in images {brief(np.flatnonzero(overlapping.numpy()))}: "
+                "a mask holds one class for each pixel, so decide which, for example the rarer")
     if marked.any(1).all() and channels != classes:
         return f"one channel is set in each pixel: pass {code}.int().argmax(1), if channel 0 is the background"
     return f"a channel for each class: pass {code}.any(1) * ({code}.int().argmax(1) + 1), if channel 0 is class 1"
@@ -680,7 +683,8 @@ def explain_masks(
     if masks.ndim == 4:
         likely = (3, 4) if classes is None else (classes, classes + 1)
         if 1 in (shape[1], shape[3]): code = "masks[:, 0]" if shape[1] == 1 else "masks[..., 0]"
-        elif shape[3] in likely and shape[1] not in likely: return explain_channels(masks.movedim(-1, 1), "masks.movedim(-1, 1)", classes)
+        elif shape[3] in likely and shape[1] not in likely:
+            return explain_channels(masks.movedim(-1, 1), "masks.movedim(-1, 1)", classes)
         else: return explain_channels(masks, "masks", classes)
     if code is None: return "a mask holds one index of a class for each pixel"
     if fits: return f"pass {code}"
@@ -712,10 +716,13 @@ def explain_values(
     odd = found[-1] if found[-1] > classes else found[0]
     marks = f"where {odd} marks pixels that count for nothing, pass ignore_index={odd}"
     if found == [255] and set(np.unique(values)) <= {0, 255}:
-        instead = "pass masks // 255" if classes == 1 else "write the index of its class, 1 for the first, in place of 255"
+        instead = "write the index of its class, 1 for the first, in place of 255"
+        if classes == 1: instead = "pass masks // 255"
         hint = f"these look like masks of 0 and 255: {instead}; or, {marks}"
-    elif found == [classes + 1]: hint = f"the background is 0 and the classes are 1..{classes}; do the masks hold one more? Or, {marks}"
-    elif len(found) > 1: hint = "are these grey levels, colours, or indices of other classes? Write the index of its class for each pixel"
+    elif found == [classes + 1]:
+        hint = f"the background is 0 and the classes are 1..{classes}; do the masks hold one more? Or, {marks}"
+    elif len(found) > 1:
+        hint = "are these grey levels, colours, or indices of other classes? Write its class for each pixel"
     else: hint = marks
     return (f"masks: expected values 0..{classes}, got {values.min()}..{values.max()} "
             f"({brief(found, 5)[1:-1]} in images {brief(images)}): {hint}")
@@ -779,9 +786,11 @@ def doubt_scale(
     if not images.numel(): return None
     high = value_limits(images)[1]
     if images.dtype == torch.uint8 and high == 1:
-        return "images: the largest byte is 1 of 255. Were floats of 0..1 cast to uint8? Multiply them by 255 before, or pass the floats"
+        return ("images: the largest byte is 1 of 255. Were floats of 0..1 cast to uint8? "
+                "Multiply them by 255 before, or pass the floats")
     if images.dtype != torch.uint8 and 0 < high < 1.5 / 255:
-        return f"images: the largest float is {high:.2g}. Were the images divided by 255 twice? Expected are floats in 0..1"
+        return (f"images: the largest float is {high:.2g}. Were the images divided by 255 twice? "
+                "Expected are floats in 0..1")
     return None
 
 # %% ../nbs/02_injection.ipynb #02-injection-102
@@ -795,7 +804,8 @@ def check_images(
         swapped = ". Were images and masks swapped?" if images.ndim == 3 and images.dtype in MASK_DTYPES else ""
         raise ValueError(f"images: expected (B, C, H, W) with C = 1 or 3, got {tuple(images.shape)}{swapped}")
     if images.dtype not in POISSON_DTYPES:
-        remedy = "images.float(); convert the result afterwards" if images.is_floating_point() else "images.to(torch.uint8), if they are in 0..255"
+        remedy = "images.to(torch.uint8), if they are in 0..255"
+        if images.is_floating_point(): remedy = "images.float(); convert the result afterwards"
         raise ValueError(f"images: expected uint8, or float32 or float64 in 0..1, got {images.dtype}: pass {remedy}")
     if images.shape[1] < channels:
         raise ValueError("images: expected 3 channels like the donors, got 1; make the pool from grey samples")
@@ -841,17 +851,19 @@ def explain_nothing(
 ) -> str:
     "Why nothing was injected, most likely."
     if not stats.clean:
-        return ("no image was defect-free, that is, had a mask of zeros only: draw batches that hold defect-free images, too; "
-                "is the background 0 in the masks?")
+        return ("no image was defect-free, that is, had a mask of zeros only: "
+                "draw batches that hold defect-free images, too; is the background 0 in the masks?")
     if stats.clean == stats.images:
         return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
-    if len(stats.injected) == 1: return "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'"
+    if len(stats.injected) == 1:
+        return "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
 # %% ../nbs/02_injection.ipynb #02-injection-107
 PATIENCE = 50  # batches without any injection before the warning
 COUNTING = threading.Lock()  # held for microseconds while an injection is counted
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=COUNTING._at_fork_reinit)  # a fork may come at such a moment
+if hasattr(os, "register_at_fork"):  # a fork may come at such a moment
+    os.register_at_fork(after_in_child=COUNTING._at_fork_reinit)
 
 # %% ../nbs/02_injection.ipynb #02-injection-108
 def update_stats(
@@ -960,13 +972,16 @@ def check_choices(
 ) -> None:
     "Raise a ValueError for an unknown choice, a TypeError for another type."
     if not isinstance(choices.pool, DonorPool):
-        raise TypeError(f"pool: expected a DonorPool, got {type(choices.pool).__name__}: make one by DonorPool(samples)")
+        raise TypeError(f"pool: expected a DonorPool, got {type(choices.pool).__name__}: "
+                        "make one by DonorPool(samples)")
     if isinstance(choices.p_poisson, str) or not 0 <= choices.p_poisson <= 1:
         raise ValueError(f"p_poisson: expected 0..1, got {choices.p_poisson!r}")
     for name, known in CHOICES.items():
-        if (value := getattr(choices, name)) not in known: raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if (value := getattr(choices, name)) not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     for name in ("mix_gradients", "grow_label"):
-        if not isinstance(value := getattr(choices, name), (bool, np.bool_)): raise TypeError(f"{name}: expected True or False, got {value!r}")
+        if not isinstance(value := getattr(choices, name), (bool, np.bool_)):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
     check_ignore_index(choices.ignore_index, len(choices.pool.classes))
 
 # %% ../nbs/02_injection.ipynb #02-injection-115a
@@ -976,16 +991,19 @@ def find_impossible(
 ) -> str | None:  # a warning, or None
     "What will never be injected."
     if len(pool.classes) == 1 and fill == "uniform":
-        return (f"DynamicLabelInjection: fill='uniform' never injects anything with one class ({pool.classes[0]!r}): it raises each class to the most "
-                "frequent one, and there is no other. Pass fill='all'")
+        return (f"DynamicLabelInjection: fill='uniform' never injects anything with one class ({pool.classes[0]!r}): "
+                "it raises each class to the most frequent one, and there is no other. Pass fill='all'")
     if without := [name for name, donors in pool.counts.items() if not donors]:
-        return f"DynamicLabelInjection: never injected for want of donors: {', '.join(without)} ({pool}). Do the training samples show them?"
+        return (f"DynamicLabelInjection: never injected for want of donors: {', '.join(without)} ({pool}). "
+                "Do the training samples show them?")
     return None
 
 # %% ../nbs/02_injection.ipynb #02-injection-115b
 @dataclass(eq=False)
 class InjectionChoices:
-    "What to inject and how. Raises ValueError for an unknown choice, TypeError for another type; warns of what can never be injected."
+    """What to inject and how.
+
+    Raises ValueError for an unknown choice, TypeError for another type; warns of what can never be injected."""
     pool: DonorPool              # the defects to inject, from the training part
     p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
     fill: str = "uniform"        # when to stop: "uniform", when the classes are equal; "all", when no clean image is left
@@ -993,7 +1011,7 @@ class InjectionChoices:
     mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
     region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, as the authors do
     grow_label: bool = False     # Poisson: label the margin too, as the authors do
-    ignore_index: int | None = None  # the masks' value for pixels that count for nothing; they keep it. None: no such value
+    ignore_index: int | None = None  # the masks' value for pixels that count for nothing; they keep it
 
     @outside_compiler
     def __post_init__(self):
@@ -1015,8 +1033,9 @@ def doubt_size(
     "Whether the donors come from images of another size."
     if tuple(size) == pool.size: return None
     here, there = (" x ".join(map(str, s)) for s in (size, pool.size))
-    return (f"DynamicLabelInjection: the images have {here} pixels, the donors were cut from images of {there}. Donors keep their size in pixels: "
-            "that is right for crops of such images, and wrong for images resized from them; for those, make the pool from samples of their size")
+    return (f"DynamicLabelInjection: the images have {here} pixels, the donors were cut from images of {there}. "
+            "Donors keep their size in pixels: that is right for crops of such images, "
+            "and wrong for images resized from them; for those, make the pool from samples of their size")
 
 # %% ../nbs/02_injection.ipynb #02-injection-117b
 def examine(
@@ -1083,7 +1102,8 @@ class DynamicLabelInjection(InjectionChoices):
     ) -> InjectionPlan:
         "Decide everything random, once, on the CPU (steps a to d). Raises an error when the arguments do not fit."
         check_generator(generator)
-        return decide(self, look_at(masks, len(self.pool.classes), self.ignore_index), tuple(masks.shape[1:]), generator)
+        shown = look_at(masks, len(self.pool.classes), self.ignore_index)
+        return decide(self, shown, tuple(masks.shape[1:]), generator)
 
     @outside_compiler
     def transform(

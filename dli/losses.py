@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .injection import check_ignore_index, check_masks, check_tensor, explain_masks, explain_values, find_ignored, mask_values, warn_caller
+from .blending import check_tensor
+from .injection import (check_ignore_index, check_masks, explain_masks, explain_values, find_ignored, mask_values,
+                           warn_caller)
 
 # %% ../nbs/03_losses.ipynb #03-losses-005
 def values_can_be_read(
@@ -32,9 +34,9 @@ def values_can_be_read(
 def one_hot(
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..classes
     classes: int,  # K
-    ignore_index: int | None = None,  # the value of pixels that count for nothing: they belong to no class. None: there are none
+    ignore_index: int | None = None,  # the value of pixels that count for nothing: they are of no class
 ) -> torch.Tensor:  # bool (B, K, H, W)
-    "One channel per class, none for the background. Raises an error for another type, shape or value that says what to pass."
+    "One channel per class, none for the background. Raises an error for another type, shape or value: what to pass."
     check_masks(masks, classes)
     check_ignore_index(ignore_index, classes)
     if masks.numel() and values_can_be_read(masks):
@@ -88,8 +90,8 @@ class WeightedBCE(nn.Module):
         "Logits and target (B, K, H, W) -> scalar."
         if self.weights is None: return BinaryCrossEntropy.apply(logits, target, None)
         if len(self.weights) != logits.shape[1]:
-            raise ValueError(f"logits: expected {len(self.weights)} channels, one per class weight, got {logits.shape[1]}: "
-                             "one channel for each class and one count for each class, none for the background")
+            raise ValueError(f"logits: expected {len(self.weights)} channels, one per class weight, "
+                             f"got {logits.shape[1]}. Neither channels nor counts include the background")
         to_mean = self.weights.to(logits)[:, None, None] * len(self.weights)
         return BinaryCrossEntropy.apply(logits, target, to_mean)
 
@@ -101,7 +103,8 @@ def class_number(
     if classes is None: return None
     whole = isinstance(classes, (int, np.integer)) and not isinstance(classes, bool)
     number = int(classes) if whole else 0 if isinstance(classes, (str, bool)) else len(classes)
-    if number < 1: raise ValueError(f"classes: expected the number of classes, at least 1, or their names, got {classes!r}")
+    if number < 1:
+        raise ValueError(f"classes: expected the number of classes, at least 1, or their names, got {classes!r}")
     return number
 
 
@@ -116,11 +119,13 @@ def order_counts(
     if numbers: order = range(1, (number or len(keys)) + 1)
     else: order = None if classes is None or isinstance(classes, (int, np.integer)) else list(classes)
     if order is None:
-        raise ValueError(f"{name}: expected counts in the order of the classes, got a {type(counts).__name__} with the keys {keys}, whose order is not "
-                         "known: pass [counts[c] for c in classes], or the names of the classes as `classes`")
+        raise ValueError(f"{name}: expected counts in the order of the classes, got a {type(counts).__name__} with the "
+                         f"keys {keys}, whose order is not known: pass [counts[c] for c in classes], "
+                         "or the names of the classes as `classes`")
     absent = 0 if isinstance(counts, Counter) and number else None  # a Counter lacks what was never counted
     if set(keys) - set(order) or (absent is None and len(keys) != len(order)):
-        raise ValueError(f"{name}: expected a count for each of {list(order)}, none for the background, got the keys {keys}")
+        raise ValueError(f"{name}: expected a count for each of {list(order)}, none for the background, "
+                         f"got the keys {keys}")
     return [counts.get(k, absent) for k in order]
 
 # %% ../nbs/03_losses.ipynb #03-losses-014
@@ -129,17 +134,22 @@ def check_counts(
     name: str,  # of the argument, for the error
     classes: int | Sequence[str] | None = None,  # K, or the names of the classes, or unknown
 ) -> torch.Tensor:  # float64 (K,)
-    "Counts in the order of the classes. Raises a ValueError unless there is a number for each class, none negative and not all zero."
+    """Counts in the order of the classes.
+
+    Raises a ValueError unless there is a number for each class, none negative and not all zero."""
     expected, number = f"{name}: expected one count per class, none negative and not all zero", class_number(classes)
     if hasattr(counts, "to_dict") and hasattr(counts, "index"):  # a pandas Series: its index names what it counts
-        if not counts.index.is_unique: raise ValueError(f"{expected}, got some classes twice: {list(counts.index)}")
+        if not counts.index.is_unique:
+            raise ValueError(f"{expected}, got some classes twice: {list(counts.index)}")
         counts = counts.tolist() if list(counts.index) == list(range(len(counts))) else counts.to_dict()
     if isinstance(counts, Mapping): counts = order_counts(counts, name, classes)
-    if isinstance(counts, (str, bytes, Set)): raise ValueError(f"{expected}, in the order of the classes, got {counts!r:.80}")
+    if isinstance(counts, (str, bytes, Set)):
+        raise ValueError(f"{expected}, in the order of the classes, got {counts!r:.80}")
     try: values = [float("nan") if isinstance(x, (bool, np.bool_, str)) else float(x) for x in counts]
     except (TypeError, ValueError): raise ValueError(f"{expected}, got {counts!r:.80}") from None
     numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
-    if not ((numbers >= 0) & numbers.isfinite()).all() or numbers.sum() == 0: raise ValueError(f"{expected}, got {counts!r:.80}")
+    if not ((numbers >= 0) & numbers.isfinite()).all() or numbers.sum() == 0:
+        raise ValueError(f"{expected}, got {counts!r:.80}")
     if number and len(numbers) != number:
         first = "; does the first count the background? Leave it out" if len(numbers) == number + 1 else ""
         raise ValueError(f"{expected}, for {number} classes, got {len(numbers)}{first}")
@@ -162,8 +172,9 @@ def effective_weights(
     numbers: torch.Tensor,  # float64 (K,), none negative
     beta: float,  # in (0, 1)
 ) -> list[float]:  # (K,), sum 1
-    "(1 - beta) / (1 - beta^n_c), scaled (Cui et al. 2019, Eq. 2); 0 where n_c is 0. Raises ValueError for another beta."
-    if not 0 < beta < 1: raise ValueError(f"beta: expected a number between 0 and 1, neither of the two, such as 0.9999, got {beta}")
+    "(1 - beta) / (1 - beta^n_c), scaled (Cui et al. 2019, Eq. 2); 0 where n_c is 0. ValueError for another beta."
+    if not 0 < beta < 1:
+        raise ValueError(f"beta: expected a number between 0 and 1, neither of the two, such as 0.9999, got {beta}")
     weights = torch.where(numbers > 0, (1 - beta) / (1 - beta ** numbers), 0.0)
     return (weights / weights.sum()).tolist()
 
@@ -178,7 +189,8 @@ def image_weights(
     Raises ValueError for counts that are negative, all zero, no whole numbers, or in no certain order."""
     images = check_counts(images_per_class, "images_per_class", classes)
     if (images != images.round()).any():
-        raise ValueError(f"images_per_class: expected one count per class, whole numbers and no shares, got {images.tolist()}")
+        raise ValueError("images_per_class: expected one count per class, whole numbers and no shares, "
+                         f"got {images.tolist()}")
     return effective_weights(images, beta)
 
 # %% ../nbs/03_losses.ipynb #03-losses-030
@@ -241,13 +253,16 @@ def check_shapes(
     check_tensor("logits", logits)
     check_tensor("masks", masks)
     if not logits.is_floating_point():
-        raise ValueError(f"logits: expected floats, the network's output before the sigmoid, got {logits.dtype}: predictions after a threshold?")
+        raise ValueError(f"logits: expected floats, the network's output before the sigmoid, got {logits.dtype}: "
+                         "predictions after a threshold?")
     if logits.ndim != 4 or (len(logits), *logits.shape[2:]) != tuple(masks.shape):
         hint = f": {explain_masks(masks, classes)}" if masks.ndim != 3 and values_can_be_read(masks) else ""
-        raise ValueError(f"expected logits (B, K, H, W) and masks (B, H, W) of one size, got {tuple(logits.shape)} and {tuple(masks.shape)}{hint}")
+        raise ValueError(f"expected logits (B, K, H, W) and masks (B, H, W) of one size, got {tuple(logits.shape)} and "
+                         f"{tuple(masks.shape)}{hint}")
     if not logits.numel(): raise ValueError(f"expected at least one image, got logits {tuple(logits.shape)}")
     if classes and logits.shape[1] != classes:
-        raise ValueError(f"logits: expected {classes} channels, one for each class and none for the background, got {logits.shape[1]}")
+        raise ValueError(f"logits: expected {classes} channels, one for each class and none for the background, "
+                         f"got {logits.shape[1]}")
 
 # %% ../nbs/03_losses.ipynb #03-losses-048b
 def check_scale(
@@ -256,12 +271,13 @@ def check_scale(
     "Raise a ValueError for what must be probabilities, and warn of what may be."
     low, high = (x.item() for x in logits.detach().aminmax())
     if not 0 <= low < high <= 1: return
-    advice = ("as probabilities do. Losses and counts take the network's output before the sigmoid: leave the sigmoid or softmax out "
-              "(torch.logit undoes a sigmoid)")
+    advice = ("as probabilities do. Losses and counts take the network's output before the sigmoid: "
+              "leave the sigmoid or softmax out (torch.logit undoes a sigmoid)")
     softmax = logits.shape[1] > 1 and bool(((logits.detach().float().sum(1) - 1).abs() < 1e-2).all())
     if logits.numel() >= 256 and (softmax or (low < 0.1 and high > 0.9)):
         raise ValueError(f"logits: expected values below 0, too, got {low:.3g}..{high:.3g}, {advice}")
-    warn_caller(f"logits: all values lie in {low:.3g}..{high:.3g}, {advice}. Nothing is wrong where a new network's first logits happen to lie there")
+    warn_caller(f"logits: all values lie in {low:.3g}..{high:.3g}, {advice}. "
+                "Nothing is wrong where a new network's first logits happen to lie there")
 
 # %% ../nbs/03_losses.ipynb #03-losses-049
 SURE = -1e4  # a logit whose probability is 0 in every format
@@ -274,7 +290,7 @@ class SegmentationLoss(nn.Module):
         classification: nn.Module,  # logits, target (B, K, H, W) -> scalar, a mean over pixels
         overlap: nn.Module,  # logits, target (B, K, H, W) -> scalar
         ignore_index: int | None = None,  # the masks' value for pixels without weight; None: there are none
-        classes: int | Sequence[str] | None = None,  # K, or the names of the classes, to check the logits by; None: they are not checked
+        classes: int | Sequence[str] | None = None,  # K, or the names of the classes, to check the logits by
     ):
         super().__init__()
         self.classification, self.overlap = classification, overlap
@@ -282,7 +298,7 @@ class SegmentationLoss(nn.Module):
         check_ignore_index(ignore_index, self.classes or 0)
 
     def parts(self, logits: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "The two terms. Raises an error for shapes that differ, for values that masks should not hold, and for probabilities."
+        "The two terms. Raises an error for shapes that differ, for values that are no classes, and for probabilities."
         check_shapes(logits, masks, self.classes)
         if values_can_be_read(logits) and not self.looked:
             check_scale(logits)
@@ -291,7 +307,8 @@ class SegmentationLoss(nn.Module):
         target = one_hot(masks, logits.shape[1], self.ignore_index).to(logits.dtype)
         if self.ignore_index is None: return self.classification(logits, target), self.overlap(logits, target)
         ignored = find_ignored(masks, self.ignore_index)
-        logits, share = logits.masked_fill(ignored[:, None], SURE), masks.numel() / (~ignored).sum().clamp(min=1)
+        logits = logits.masked_fill(ignored[:, None], SURE)
+        share = masks.numel() / (~ignored).sum().clamp(min=1).to(logits.dtype)
         if isinstance(self.classification, FocalOfMeans): classification = self.classification(logits, target, share)
         else: classification = self.classification(logits, target) * share
         return classification, self.overlap(logits, target)
@@ -321,7 +338,8 @@ def classification_loss(
     if name == "balanced": return WeightedBCE(image_weights(images_per_class, classes=classes))
     if name == "baseline" or needed is None: return WeightedBCE()
     weights = pixel_weights(pixels_per_class, classes)
-    if name == "balanced-authors": weights = effective_weights(torch.tensor(weights, dtype=torch.float64, device="cpu"), 0.9999)
+    if name == "balanced-authors":
+        weights = effective_weights(torch.tensor(weights, dtype=torch.float64, device="cpu"), 0.9999)
     return WeightedBCE(weights)
 
 # %% ../nbs/03_losses.ipynb #03-losses-052
@@ -338,12 +356,12 @@ def overlap_loss(
 def make_loss(
     name: str,  # one of `LOSSES`
     images_per_class: Sequence[int] | Mapping | None = None,  # (K,) training images of each class, for `balanced`
-    pixels_per_class: Sequence[int] | Mapping | None = None,  # (K,) training pixels of each class, for `wce`, `balanced-authors`
+    pixels_per_class: Sequence[int] | Mapping | None = None,  # (K,) training pixels, for `wce`, `balanced-authors`
     dice: str = "image",  # "image" or "batch": what one Dice ratio is taken over; `lovasz` and `tversky` have none
     ignore_index: int | None = None,  # the masks' value for pixels without weight, such as 255; None: there are none
     classes: int | Sequence[str] | None = None,  # K, or the names of the classes: counts and logits are checked by it
 ) -> SegmentationLoss:  # loss(logits (B, K, H, W), masks (B, H, W)) -> scalar
-    """The loss of that name. Counts are in the order of the classes, or by their numbers 1..K or (with `classes`) names.
+    """The loss of that name. Counts are in the order of the classes, by their numbers, or (with `classes`) by name.
 
     Raises ValueError for an unknown name, or where the counts it needs are missing or senseless."""
     if name not in LOSSES: raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {name!r}")

@@ -38,7 +38,9 @@ def count_batch(
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
     ignore_index: int | None = None,  # the masks' value for pixels that are not counted; None: there are none
 ) -> Counts:  # on the CPU
-    "Counts per image and class at probability 0.5. Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."
+    """Counts per image and class at probability 0.5.
+
+    Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."""
     check_shapes(logits, masks)
     target = one_hot(masks, logits.shape[1], ignore_index)
     known = logits.float()

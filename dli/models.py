@@ -203,7 +203,8 @@ def check_network(
     if not isinstance(encoder, str) or encoder not in ENCODERS:
         raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {encoder!r}")
     if not is_whole(classes):
-        raise ValueError(f"classes: expected the number of defect classes, at least 1 and without the background, got {classes!r}")
+        raise ValueError("classes: expected the number of defect classes, at least 1 and without the background, "
+                         f"got {classes!r}")
     if not (weights is None or isinstance(weights, (str, Path))):
         raise ValueError(f"weights: expected 'imagenet', None (random), or a path, got {weights!r}")
     if not is_whole(channels) or channels not in (1, 3):

@@ -1,4 +1,5 @@
 "Poisson blending against an independent dense solution, and the properties that every blend must have."
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -221,11 +222,13 @@ def test_values_that_are_no_numbers_are_refused(value, mix, blend):
     with pytest.raises(ValueError, match="NaN"): blend(dst, src, mask, mix)
 
 
-@pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region", "target, elsewhere"])
+@pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region",
+                                   "target, elsewhere"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_blends_that_look_at_whole_images_refuse_no_numbers(value, where):
     "Every pixel of the result depends on every pixel of the target; of the source, on those whose steps are used."
-    dst, src, mask = torch.full((3, 1, 9, 9), 0.5), torch.full((3, 1, 9, 9), 0.3), torch.zeros(3, 9, 9, dtype=torch.bool)
+    dst, src, mask = torch.full((3, 1, 9, 9), 0.5), torch.full((3, 1, 9, 9), 0.3), torch.zeros(3, 9, 9,
+        dtype=torch.bool)
     mask[:, 3:6, 3:6] = True
     (src if "source" in where else dst)[1, 0, *((4, 4) if "in the" in where else (1, 7))] = value
     if where == "source, elsewhere": return poisson_blend(dst, src, mask)
@@ -357,26 +360,22 @@ def test_copy_batch_is_clone(x):
 @pytest.mark.parametrize("blend", [poisson_blend, poisson_blend_image, cut_paste])
 def test_compiled_by_torch_is_the_same(blend):
     g = torch.Generator().manual_seed(0)
-    dst, src, mask = torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 9, 9, generator=g) < 0.4
+    dst, src, mask = torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 9, 9,
+        generator=g) < 0.4
     torch._dynamo.reset()
     compiled = torch.compile(lambda d, s, m: blend(d + 0, s, m) + 0, backend="eager")
     for _ in range(2): assert torch.equal(compiled(dst, src, mask), blend(dst, src, mask))
 
 
 def test_outside_compiler_keeps_names_and_lets_go_of_torch():
-    assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst", "src", "mask", "mix_gradients"]
+    assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst",
+        "src", "mask", "mix_gradients"]
     seen = []
     plain = blending.outside_compiler(lambda x: seen.append(torch.compiler.is_compiling()) or x)
     torch.compile(lambda x: plain(x + 1) + 1, backend="eager")(torch.ones(2))
     assert seen == [False]
 
 
-MODULE = """
-import sys
-sys.path.insert(0, {folder!r})
-import kernel
-print(kernel.twice(21), kernel.twice(2.5))
-"""
 KERNEL = """
 from dli.blending import compiled
 
@@ -386,22 +385,54 @@ def twice(x):
 """
 
 
-def call_kernel(folder, before="", **environment):
-    "Compile and call a function of a module in a folder, in a process of its own."
+def load_kernel(folder):
+    "A module with a compiled function, imported anew."
     (folder / "kernel.py").write_text(KERNEL)
-    code = before + MODULE.format(folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.twice
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def cached(folder): return sorted(p.suffix for p in folder.rglob("*.nb*"))
 
 
-def test_compiled_code_is_kept_where_there_is_room(tmp_path):
-    cache = tmp_path / "cache"
-    for _ in range(2): assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
-    assert cached(cache) == [".nbc", ".nbc", ".nbi"]
+def test_compiled_code_is_kept_where_there_is_room(cache, tmp_path):
+    for hits in (0, 1):
+        twice = load_kernel(tmp_path)
+        assert (twice(21), twice(2.5)) == (42, 5.0) and cached(cache) == [".nbc", ".nbc", ".nbi"]
+        assert list(twice.stats.cache_hits.values()) == [hits] * (2 * hits)
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b),
+                                    lambda b: b[::-1]],
+                         ids=["empty", "half", "zeros", "reversed"])
+def test_damaged_files_of_compiled_code(cache, tmp_path, suffix, damage):
+    load_kernel(tmp_path)(21)
+    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
+    assert load_kernel(tmp_path)(21) == 42
+
+
+def test_compiled_code_when_the_disk_is_full(cache, tmp_path, monkeypatch):
+    def refuse(*args): raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._open_for_write", refuse)
+    assert load_kernel(tmp_path)(21) == 42 and cached(cache) == []
+
+
+def test_compiled_code_without_any_folder(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs): raise OSError(30, "Read-only file system")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("numba.core.caching._CacheLocator.ensure_cache_path", refuse)
+    assert load_kernel(tmp_path)(21) == 42 and cached(tmp_path) == []
 
 
 NO_ROOM = """
@@ -422,43 +453,18 @@ def no_room(folder):
                 TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"), MPLCONFIGDIR=str(folder / "torch"))
 
 
-def test_compiled_code_without_any_folder(tmp_path):
-    "No home, no folder of the package, no cache folder that can be written to: as in many containers."
-    assert call_kernel(tmp_path, NO_ROOM, **no_room(tmp_path)) == ["42", "5.0"] and cached(tmp_path) == []
-
-
-LATER = """
-import numba.core.caching as c
-def refuse(*args, **kwargs): raise OSError(28, "No space left on device")
-c.IndexDataCacheFile._open_for_write = refuse
-"""
-
-
-def test_compiled_code_when_the_disk_is_full(tmp_path):
-    assert call_kernel(tmp_path, LATER, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == ["42", "5.0"] and cached(tmp_path) == []
-
-
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b), lambda b: b[::-1]],
-                         ids=["empty", "half", "zeros", "reversed"])
-def test_damaged_files_of_compiled_code(tmp_path, suffix, damage):
-    cache = tmp_path / "cache"
-    call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache))
-    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
-    assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
-
-
 def test_the_library_without_a_writable_home(tmp_path):
     "Imported and used, in a process that can write nowhere but to PyTorch's folder."
     code = NO_ROOM + """
 import torch
 from dli import DonorPool, DynamicLabelInjection, synthetic_tiles
-tiles = synthetic_tiles(40, size=32)
+tiles = synthetic_tiles(60, size=32)
 masks = torch.from_numpy(tiles.masks)
 after, labels = DynamicLabelInjection(DonorPool(tiles), fill="all")(torch.from_numpy(tiles.images)[:, None], masks)
 print((labels > 0).flatten(1).any(1).all().item())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | no_room(tmp_path), timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | no_room(tmp_path), timeout=300)
     assert done.returncode == 0 and done.stdout.split()[-1] == "True", done.stderr
 
 

@@ -1,6 +1,11 @@
 """Losses: they are what the protocol says, their gradients are right, and nothing turns them into NaN."""
+import copy
+import pickle
+from collections import Counter
+
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -12,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from dli import losses
 from dli.data import MT_CLASSES, find_magnetic_tiles
-from dli.losses import (LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, image_weights, lovasz_slopes,
-                        make_loss, one_hot, pixel_weights)
+from dli.losses import (LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, effective_weights,
+                        image_weights,
+                        lovasz_slopes, make_loss, one_hot, pixel_weights)
 
 IMAGES, PIXELS = [92, 68, 46, 26, 82], [700, 10540, 820, 15990, 71950]
 seeds = st.integers(0, 2**31 - 1)
@@ -38,7 +44,8 @@ def test_one_hot_and_back(seed, classes, dtype):
     assert torch.equal((target * torch.arange(1, classes + 1)[:, None, None]).sum(1), masks.long())
 
 
-@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "expected integers .B, H, W.,.* got torch.float32"), (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
+@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "integers .B, H, W.,.* got torch.float32"),
+                                          (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
                                           (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"), (torch.full((1, 2, 2), -1), r"got -1..-1"),
                                           (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool")])
 def test_one_hot_refuses(masks, words):
@@ -255,6 +262,7 @@ def test_counts_that_make_no_sense(bad, weights, name):
 def test_the_authors_weights():
     "Printed by the authors' code; uneven, with the most pixels, weighs the most in their balanced loss."
     wce, balanced = [0.2490, 0.2294, 0.2483, 0.2005, 0.0729], [0.129, 0.140, 0.129, 0.160, 0.441]
+    np.testing.assert_allclose(effective_weights(torch.tensor(wce).double(), 0.9999), balanced, atol=6e-4)
     pixels = np.round((1 - 4 * np.array(wce)) * 1e6)  # counts that have these weights
     loss = make_loss("balanced-authors", pixels_per_class=pixels).classification
     np.testing.assert_allclose(loss.weights, balanced, atol=6e-4)
@@ -278,6 +286,281 @@ def test_focal_of_means_is_a_sum_over_channels():
     alone = [FocalOfMeans()(logits[:, [k]], target[:, [k]]) for k in range(5)]
     torch.testing.assert_close(FocalOfMeans()(logits, target), sum(alone))
     assert FocalOfMeans()(target * 200 - 100, target) == 0
+
+
+NAMES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
+SHUFFLED = (3, 1, 5, 2, 4)
+
+
+@pytest.mark.parametrize("counted, classes", [
+    (lambda: {k: IMAGES[k - 1] for k in SHUFFLED}, None), (lambda: {np.int64(k): IMAGES[k - 1] for k in SHUFFLED}, 5),
+    (lambda: Counter({k: IMAGES[k - 1] for k in SHUFFLED}), None),
+    (lambda: Counter({k: IMAGES[k - 1] for k in SHUFFLED}), NAMES),
+    (lambda: {NAMES[k - 1]: IMAGES[k - 1] for k in SHUFFLED}, NAMES),
+    (lambda: Counter({NAMES[k - 1]: IMAGES[k - 1] for k in SHUFFLED}), list(NAMES)),
+    (lambda: pd.Series({NAMES[k - 1]: IMAGES[k - 1] for k in SHUFFLED}), NAMES),
+    (lambda: pd.Series({k: IMAGES[k - 1] for k in SHUFFLED}), None),
+    (lambda: pd.Series(IMAGES), None), (lambda: np.array(IMAGES), 5), (lambda: torch.tensor(IMAGES), NAMES),
+    (lambda: (x for x in IMAGES), None),
+    (lambda: dict(zip(NAMES, IMAGES)).values(), NAMES), (lambda: [np.float64(x) for x in IMAGES], None),
+    (lambda: list(torch.tensor(IMAGES)), None),
+])
+def test_counts_in_any_order_that_is_certain(counted, classes):
+    assert image_weights(counted(), classes=classes) == image_weights(IMAGES) and pixel_weights(counted(),
+        classes) == pixel_weights(IMAGES)
+    for name, argument in NEEDED_COUNTS.items():
+        loss, plain = (make_loss(name, **{argument: c}, classes=k) for c, k in ((counted(), classes), (IMAGES, None)))
+        assert torch.equal(loss.classification.weights, plain.classification.weights)
+
+
+@pytest.mark.parametrize("counted, classes, words", [
+    (dict(zip(NAMES, IMAGES)), None,
+     "order of the classes, got a dict with the keys .'Blowhole', .*pass .counts.c. for c in classes."),
+    (dict(zip(NAMES, IMAGES)), 5, "order of the classes, got a dict"),
+    (Counter(dict(zip(NAMES, IMAGES))), None, "order of the classes, got a Counter"),
+    (pd.Series(IMAGES, NAMES), None, "order of the classes, got a dict"),
+    ({0: 900, 1: 3, 2: 4}, None, "a count for each of .1, 2, 3., none for the background, got the keys .0, 1, 2."),
+    (Counter({0: 900, 1: 3}), 2, "a count for each of .1, 2., none for the background"),
+    ({1: 3, 2: 4}, 3, "a count for each of .1, 2, 3.*got the keys .1, 2."),
+    ({2: 3, 3: 4}, None, "a count for each of .1, 2.*got the keys .2, 3."),
+    ({"Free": 900, "A": 3, "B": 4}, ("A", "B"), "a count for each of .'A', 'B'.* got the keys .'Free'"),
+    ({"A": 3}, ("A", "B"), "a count for each of .'A', 'B'"), ({"A": 3, 2: 4}, ("A", "B"), "a count for each of"),
+    ({}, None, "one count per class"),
+    (pd.Series([3, 4], [1, 1]), None, "some classes twice"), ({3, 4}, None,
+                                                              "in the order of the classes, got {3, 4}"),
+    ({1: 3, 2: 4}.keys(), None, "one count per class"), ("34", None, "one count per class"),
+    (b"34", None, "one count per class"),
+    (["3", "4"], None, "one count per class"), ([True, False], None, "one count per class"),
+    (7, None, "one count per class.* got 7"),
+    ([None, 3], None, "one count per class"), ([np.inf, 3], None, "one count per class"),
+    ([np.nan, 3], None, "one count per class"),
+    ([900, *IMAGES], 5, "for 5 classes, got 6; does the first count the background. Leave it out"),
+    (IMAGES[:3], NAMES, "for 5 classes, got 3$"),
+    (IMAGES, 0, "classes: expected the number of classes, at least 1"),
+    (IMAGES, "ABCDE", "classes: expected the number of classes"),
+])
+def test_counts_that_can_be_taken_two_ways(counted, classes, words):
+    for call in (lambda: image_weights(counted, classes=classes), lambda: pixel_weights(counted, classes),
+                 lambda: make_loss("balanced", counted, classes=classes),
+                 lambda: make_loss("balanced-authors", None, counted, classes=classes)):
+        with pytest.raises(ValueError, match=words): call()
+
+
+def test_a_counter_lacks_what_was_never_counted():
+    assert image_weights(Counter("aab"), classes=("a", "b", "c")) == image_weights([2, 1, 0])
+    assert pixel_weights(Counter({2: 5}), 3) == pixel_weights([0, 5, 0])
+
+
+def test_value_counts_of_a_table():
+    "pandas sorts them by frequency: their order is not that of the classes."
+    labels = pd.Series(np.repeat(NAMES, IMAGES)).sample(frac=1, random_state=0)
+    assert image_weights(labels.value_counts(), classes=NAMES) == image_weights(IMAGES)
+    assert image_weights(labels.map({n: k for k, n in enumerate(NAMES, 1)}).value_counts()) == image_weights(IMAGES)
+    with pytest.raises(ValueError, match="whose order is not known"): image_weights(labels.value_counts())
+
+
+@pytest.mark.parametrize("beta", [0, 1, -0.5, 1.5, float("nan")])
+def test_beta_between_0_and_1(beta):
+    with pytest.raises(ValueError, match="beta: expected a number between 0 and 1"): image_weights(IMAGES, beta)
+
+
+def test_shares_are_no_images():
+    with pytest.raises(ValueError,
+                       match="images_per_class: .*, whole numbers and no shares, got .0.2, 0.8"):
+        image_weights([0.2, 0.8])
+    assert pixel_weights([0.2, 0.8]) == pytest.approx([0.8, 0.2]), "where only shares matter they will do"
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [-0.5, 1.5], [np.nan, 1], [1.0, 2.0, 3.0]])
+def test_weights_sum_to_one(weights):
+    with pytest.raises(ValueError, match="weights: expected one per class, none negative, with sum 1"):
+        WeightedBCE(weights)
+
+
+# Pixels without weight
+
+@pytest.mark.parametrize("dice", ["image", "batch"])
+@pytest.mark.parametrize("name", LOSSES)
+@given(seeds, st.sampled_from((255, -1, -100)), st.sampled_from(("columns", "rows", "an image")))
+@settings(max_examples=12, deadline=None)
+def test_ignored_pixels_might_not_be_there(name, dice, seed, ignore, what):
+    "The loss of an image of which a part is marked is that of the rest, and its gradient is zero at what is marked."
+    logits, masks = batch(seed, b=3)
+    part = dict(columns=(slice(None), slice(None), slice(0, 3)), rows=(slice(None), slice(4, 6)),
+                **{"an image": slice(2, 3)})[what]
+    rest = dict(columns=(slice(None), slice(None), slice(3, 7)), rows=(slice(None), slice(0, 4)),
+                **{"an image": slice(0, 2)})[what]
+    z, cut = (x.clone().requires_grad_() for x in (logits, logits.transpose(0,
+        1)[(slice(None), *np.atleast_1d(rest))].transpose(0, 1)))
+    marked = masks.clone()
+    marked[part] = ignore
+    result, expected = loss_of(name, dice=dice, ignore_index=ignore).parts(z, marked), loss_of(name,
+        dice=dice).parts(cut, masks[rest])
+    gradient, by_rest = (torch.autograd.grad(sum(r), x)[0].transpose(0, 1) for r, x in ((result, z), (expected, cut)))
+    assert not gradient[(slice(None), *np.atleast_1d(part))].any()
+    if what == "an image" and dice == "image" and name not in ("lovasz",
+                                                               "tversky"):  # one ratio an image: this one's costs 0
+        torch.testing.assert_close(result[1], expected[1] * 2 / 3)
+        result, expected = result[:1], expected[:1]
+    else: torch.testing.assert_close(gradient[(slice(None), *np.atleast_1d(rest))], by_rest)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_whatever_is_at_ignored_pixels(name, dtype, value):
+    logits, masks = batch(0, dtype=torch.float32)
+    logits, masks[:, 2:4] = logits.to(dtype), 255
+    other = logits.clone()
+    other[:, :, 2:4] = value
+    results = []
+    for z in (logits.requires_grad_(), other.requires_grad_()):
+        value_ = loss_of(name, ignore_index=255)(z, masks)
+        value_.backward()
+        results.append((value_.detach(), z.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1],
+                                                                     results[1][1]) and not results[1][1][:, :,
+                                                                         2:4].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_to_learn_from(name):
+    logits, masks = batch(0)
+    loss = loss_of(name, ignore_index=255)(logits.requires_grad_(), masks * 0 + 255)
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_marks_it_is_the_same(name):
+    logits, masks = batch(0)
+    torch.testing.assert_close(loss_of(name, ignore_index=255)(logits, masks), loss_of(name)(logits, masks))
+
+
+def test_a_byte_of_255_is_not_minus_one():
+    logits, masks = batch(0)
+    masks = masks.byte()
+    masks[0, 0, 0] = 255
+    with pytest.raises(ValueError,
+                       match="values 0..5, got 0..255 .255 in images .0..: where 255 marks .*pass ignore_index=255"):
+        loss_of("baseline", ignore_index=-1)(logits, masks)
+
+
+@pytest.mark.parametrize("args, error, words", [
+    (dict(ignore_index=3), ValueError, "outside 0..5, got 3"),
+    (dict(ignore_index=0), ValueError, "outside 0..5, got 0"),
+    (dict(ignore_index=True), TypeError, "got True"), (dict(ignore_index=1.5), TypeError, "got 1.5")])
+def test_ignore_index_is_no_class(args, error, words):
+    with pytest.raises(error, match=f"ignore_index: .*{words}"): make_loss("baseline", classes=5, **args)
+    logits, masks = batch(0)
+    if args == dict(ignore_index=3):
+        with pytest.raises(ValueError, match=words): make_loss("baseline", **args)(logits, masks)
+
+
+# What goes in
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_probabilities_are_no_logits(name):
+    logits, masks = batch(0, h=16, w=16)
+    for wrong in (logits.sigmoid(), logits.softmax(1), (logits > 0).double(), (logits * 0.1).softmax(1).bfloat16()):
+        with pytest.raises(ValueError,
+                           match="logits: expected values below 0, too, got .*leave the sigmoid or softmax out"):
+            loss_of(name)(wrong, masks)
+    with pytest.raises(ValueError, match="logits: expected floats, .* got torch.bool: predictions after a threshold"):
+        loss_of(name)(logits > 0, masks)
+    with pytest.raises(ValueError, match="logits: expected floats, .* got torch.int64"):
+        loss_of(name)(logits.long(), masks)
+    with pytest.raises(TypeError, match="logits: expected a torch tensor, got numpy.ndarray"):
+        loss_of(name)(logits.numpy(), masks)
+    with pytest.raises(TypeError, match="masks: expected a torch tensor, got numpy.ndarray"):
+        loss_of(name)(logits, masks.numpy())
+
+
+def test_logits_that_look_like_probabilities_are_doubted():
+    logits, masks = batch(0, h=16, w=16)
+    with pytest.warns(UserWarning, match="all values lie in 0.*before the sigmoid") as heard:
+        loss_of("baseline")((logits * 0.1).sigmoid(), masks)
+    assert heard[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 100.0])
+def test_logits_are_not_doubted(scale):
+    loss, (logits, masks) = loss_of("baseline"), batch(0, h=16, w=16)
+    for z in (logits * scale, logits * 0 + 0.3, logits.sigmoid()):
+        loss(z, masks)  # the first batch is looked at, others may be anything
+
+
+def test_a_channel_for_each_class():
+    logits, masks = batch(0, k=6)
+    masks = masks.clamp(max=5)
+    for classes in (5, NAMES, list(NAMES)):
+        with pytest.raises(ValueError,
+                           match="expected 5 channels, one for each class and none for the background, got 6"):
+            make_loss("baseline", classes=classes)(logits, masks)
+        make_loss("baseline", classes=classes)(logits[:, :5], masks)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_empty_batches(name):
+    logits, masks = batch(0)
+    for z, m in ((logits[:0], masks[:0]), (logits[:, :, :0], masks[:, :0])):
+        with pytest.raises(ValueError, match="expected at least one image, got logits"): loss_of(name)(z, m)
+
+
+@pytest.mark.parametrize("masks, words", [
+    (lambda m: one_hot(m, 5), r"got \(2, 5, 6, 7\) and \(2, 5, 6, 7\): a channel for each class: pass masks.any"),
+    (lambda m: one_hot(m, 5).float(), r"and \(2, 5, 6, 7\): a channel for each class: pass masks.any"),
+    (lambda m: m[:, None], r"and \(2, 1, 6, 7\): pass masks\[:, 0\]$"),
+    (lambda m: m / 255,
+     r"got torch.float32 \(2, 6, 7\): the values are 1/255, 2/255, 3/255, as a ToTensor .* pass \(masks \* 255\)"),
+    (lambda m: (m > 0).byte() * 255, "values 0..5, got 0..255 .*these look like masks of 0 and 255"),
+    (lambda m: m.to(torch.uint16), r"got torch.uint16 .*: pass masks.long\(\)"),
+])
+def test_masks_that_say_what_to_pass(masks, words):
+    logits, good = batch(0)
+    for loss in (loss_of("baseline"), loss_of("focal", classes=5)):
+        with pytest.raises(ValueError, match=words): loss(logits, masks(good))
+
+
+# The environment
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("ignore", [None, 255])
+def test_surroundings_change_nothing(name, ignore):
+    logits, masks = batch(0, dtype=torch.float32)
+    expected = loss_of(name, ignore_index=ignore)(logits, masks)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"): results = [loss_of(name, ignore_index=ignore)(logits, masks)]
+    finally: torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16): results.append(loss_of(name, ignore_index=ignore)(logits, masks))
+    results += [copied(loss_of(name, ignore_index=ignore))(logits, masks)
+                for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))]
+    assert all(torch.equal(r, expected) for r in results)
+
+
+def test_weights_without_float64():
+    "Apple's GPU has no float64: `to` raises TypeError there."
+    def move(tensor):
+        if tensor.dtype == torch.float64: raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tensor.clone()
+
+    loss, (logits, masks) = loss_of("wce"), batch(0, dtype=torch.float32)
+    expected = loss(logits, masks)
+    loss._apply(move)
+    assert loss.classification.weights.dtype == torch.float32 and torch.equal(loss(logits, masks), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_traced_with_ignored_pixels(name):
+    logits, masks = batch(0, dtype=torch.float32)
+    masks[:, 1:3] = 255
+    torch._dynamo.reset()
+    loss = loss_of(name, ignore_index=255, classes=5)
+    compiled = torch.compile(lambda z, m: loss(z + 0, m), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, masks), loss(logits, masks))
 
 
 # Compiled, and on a device
@@ -374,6 +657,7 @@ def test_captured_in_a_cuda_graph(name):
     (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
     (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per"),
     (dict(name="focal", dice="pixel"), "'image' or 'batch', got 'pixel'"),
+    (dict(name="lovasz", dice="pixel"), "'image' or 'batch', got 'pixel'"),
 ])
 def test_wrong_arguments(args, words):
     with pytest.raises(ValueError, match=words): make_loss(**args)

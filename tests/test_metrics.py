@@ -488,7 +488,7 @@ def test_a_comparison_without_an_interval_says_so():
     assert str(metrics.Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
 
 
-# ---- pixels that are not counted, and batches that make no sense -----------------------------------------------------------
+# ---- pixels that are not counted, and batches that make no sense ----------------------------------------------------
 
 @given(seeds, st.sampled_from((255, -1, -100)))
 @settings(max_examples=30, deadline=None)
@@ -496,7 +496,8 @@ def test_ignored_pixels_are_not_counted(seed, ignore):
     "Whatever is predicted there, NaN included: the counts are those of an image that is sure of nothing there."
     logits, masks, _ = example(seed)
     masks, ignored = masks.long(), torch.rand(masks.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
-    counts = count_batch(logits.masked_fill(ignored[:, None], torch.nan), masks.masked_fill(ignored, ignore), ignore_index=ignore)
+    counts = count_batch(logits.masked_fill(ignored[:, None], torch.nan), masks.masked_fill(ignored, ignore),
+                         ignore_index=ignore)
     expected = count_batch(logits.masked_fill(ignored[:, None], -1e4), masks.masked_fill(ignored, 0))
     for name in ("tp", "fp", "fn", "p_max"): assert torch.equal(getattr(counts, name), getattr(expected, name))
     assert counts.pixels == masks[0].numel()
@@ -504,7 +505,8 @@ def test_ignored_pixels_are_not_counted(seed, ignore):
 
 def test_ignore_index_is_no_class():
     logits, masks, _ = example(0)
-    with pytest.raises(ValueError, match="ignore_index: expected .* outside 0..3, got 2"): count_batch(logits, masks, ignore_index=2)
+    with pytest.raises(ValueError, match="ignore_index: expected .* outside 0..3, got 2"):
+        count_batch(logits, masks, ignore_index=2)
     with pytest.raises(ValueError, match="pass ignore_index=255"): count_batch(logits, masks.long().fill_(255))
 
 
