@@ -6,19 +6,19 @@
 __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'OVERVIEW', 'UNPACKED_MOST', 'SHAPES',
            'REAL_COUNTS', 'FOLDS', 'LEAST_PER_CLASS', 'LEAST_SYNTHETIC', 'DATASETS', 'SYNTHETIC_VERSION', 'PROTOCOLS',
            'listed', 'check_classes', 'as_text', 'same_name', 'check_names', 'check_parts', 'check_usable',
-           'check_sizes', 'check_table', 'as_array', 'image_advice', 'check_images', 'value_advice', 'check_masks',
-           'find_shown', 'check_story', 'check_samples', 'lost_text', 'Samples', 'trusted', 'cut', 'draw_contours',
-           'drawable', 'show_samples', 'all_whole', 'csv_bytes', 'header_of', 'read_table', 'read_index',
-           'cache_folder', 'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files', 'class_folder',
-           'missing_files', 'extra_files', 'explain_difference', 'changed_files', 'find_problems', 'damage_report',
-           'verify_magnetic_tiles', 'DownloadError', 'BrokenDownload', 'open_remote', 'download', 'unpack',
-           'install_archive', 'one_at_a_time', 'fetch_magnetic_tiles', 'fetch_into', 'download_advice', 'decode',
-           'decode_all', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks', 'clean_surface',
-           'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph',
-           'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'resolve_dataset',
-           'load_dataset', 'index_fingerprint', 'data_fingerprint', 'class_members', 'dataset_table', 'assign_folds',
-           'check_tiles', 'rarest_class', 'find_folds', 'place_empty', 'take_fraction', 'check_split', 'held_out',
-           'absent_classes', 'check_sides', 'split_samples']
+           'check_sizes', 'special', 'check_table', 'as_array', 'image_advice', 'check_images', 'value_advice',
+           'check_masks', 'find_shown', 'check_story', 'check_samples', 'lost_text', 'Samples', 'trusted', 'cut',
+           'draw_contours', 'drawable', 'show_samples', 'all_whole', 'csv_bytes', 'header_of', 'read_table',
+           'read_index', 'cache_folder', 'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files',
+           'class_folder', 'missing_files', 'extra_files', 'explain_difference', 'changed_files', 'find_problems',
+           'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'BrokenDownload', 'open_remote', 'download',
+           'unpack', 'install_archive', 'one_at_a_time', 'fetch_magnetic_tiles', 'fetch_into', 'download_advice',
+           'decode', 'decode_all', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks',
+           'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect',
+           'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles',
+           'resolve_dataset', 'load_dataset', 'index_fingerprint', 'data_fingerprint', 'class_members', 'dataset_table',
+           'assign_folds', 'check_tiles', 'rarest_class', 'find_folds', 'place_empty', 'take_fraction', 'check_split',
+           'held_out', 'absent_classes', 'check_sides', 'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-003
 import csv
@@ -173,6 +173,14 @@ def check_sizes(
                          f"for {listed(names, wrong)}")
     return sizes.astype(int)
 
+# %% ../nbs/00_data.ipynb #00-data-209
+def special(
+    dtype,  # of a column
+) -> bool:
+    "Whether pandas treats the column unlike plain numbers and text: categories, and types with a missing value of their own."
+    plain_text = isinstance(dtype, pd.StringDtype) and getattr(dtype, "na_value", pd.NA) is not pd.NA
+    return not (isinstance(dtype, np.dtype) or plain_text)
+
 # %% ../nbs/00_data.ipynb #00-data-174
 def check_table(
     table: pd.DataFrame,  # a row per image, with at least `TABLE_COLUMNS`
@@ -186,8 +194,7 @@ def check_table(
     if twice := [c for c in TABLE_COLUMNS if (table.columns == c).sum() > 1]:
         raise ValueError(f"table: expected each column once, got {twice} more than once")
     table = table.reset_index(drop=True)
-    categories = {c: table[c].astype(object) for c in table if isinstance(table[c].dtype, pd.CategoricalDtype)}
-    table = table.assign(**categories)
+    table = table.assign(**{c: table[c].astype(object) for c in TABLE_COLUMNS if special(table[c].dtype)})
     table["name"] = names = check_names(table["name"])
     table["tile"] = check_parts(table["tile"], names)
     table["usable"] = check_usable(table["usable"], names)
@@ -422,7 +429,7 @@ def drawable(
     text,  # a name, of whatever people type
 ) -> str:
     "The text with a mark in the place of what no font can draw. (Give `parse_math=False` too: a $ is no formula.)"
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(text))
 
 # %% ../nbs/00_data.ipynb #00-data-018
 def show_samples(
@@ -1059,16 +1066,18 @@ DATASETS = ("auto", "magnetic-tiles", "synthetic")
 # %% ../nbs/00_data.ipynb #00-data-112
 def resolve_dataset(
     name: str,  # one of `DATASETS`
+    fallback: bool = True,  # False: an error instead of synthetic tiles where the real ones can't be had
 ) -> str:  # "magnetic-tiles" or "synthetic"
     """Replace `auto` by the dataset it stands for on this machine, downloading the real one if it is not here.
 
-    Raises ValueError for another name, BrokenDownload or DamagedDataset."""
+    Raises ValueError for another name, BrokenDownload or DamagedDataset; without `fallback` any DownloadError."""
     if name not in DATASETS: raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     if name != "auto": return name
     try: find_magnetic_tiles() or fetch_magnetic_tiles()
     except BrokenDownload as error:
         raise BrokenDownload(f"{error} Or ask for the dataset 'synthetic' by its name.") from error
     except DownloadError as error:
+        if not fallback: raise
         message = f"SYNTHETIC DATA: results say nothing about the real tiles. {error}"
         warnings.warn(message, stacklevel=3)
         print(message)
@@ -1217,9 +1226,9 @@ def check_split(
     "Raise a ValueError that tells what was expected."
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    if not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
+    if isinstance(fold, bool) or not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
         raise ValueError(f"expected a fold in 0..{FOLDS - 1}, got {fold!r}; for other folds, choose another partition")
-    if not isinstance(partition, (int, np.integer)) or partition < 0:
+    if isinstance(partition, bool) or not isinstance(partition, (int, np.integer)) or partition < 0:
         raise ValueError(f"expected a partition >= 0, a whole number, got {partition!r}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
 
