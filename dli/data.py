@@ -132,7 +132,7 @@ def check_parts(
     unknown = parts.isna() | (parts == "")
     if unknown.any():
         raise ValueError(f"table: the part (column tile) of {unknown.sum()} images is unknown: "
-                         f"{listed(names, unknown)}. Fill it in; if each of these images shows a part of its own, write the image's name")
+                         f"{listed(names, unknown)}. Fill it in; where an image shows a part of its own, write its name")
     if parts.dtype.kind in "iu" and isinstance(parts.dtype, np.dtype): return parts
     values = [int(v) if isinstance(v, (float, np.floating)) and np.isfinite(v) and v == int(v) else v for v in parts]
     wrong = [isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, np.integer, str)) for v in values]
@@ -177,7 +177,7 @@ def check_sizes(
 def special(
     dtype,  # of a column
 ) -> bool:
-    "Whether pandas treats the column unlike plain numbers and text: categories, and types with a missing value of their own."
+    "Whether a column is no plain numbers or text: categories, and types with a missing value of their own."
     plain_text = isinstance(dtype, pd.StringDtype) and getattr(dtype, "na_value", pd.NA) is not pd.NA
     return not (isinstance(dtype, np.dtype) or plain_text)
 
@@ -226,7 +226,7 @@ def as_array(
                              f"{values[i].shape} for {names[i]!r}: resize or crop them")
         values = values if any(isinstance(v, np.ma.MaskedArray) for v in values) else np.stack(values)
     if isinstance(values, (list, np.ma.MaskedArray)):
-        raise TypeError(f"{what}: expected plain arrays, got masked ones (their hidden values would count): write .filled(0)")
+        raise TypeError(f"{what}: expected plain arrays, got masked ones, whose hidden values count: write .filled(0)")
     return np.asarray(values)
 
 # %% ../nbs/00_data.ipynb #00-data-177
@@ -325,7 +325,8 @@ def check_story(
         i = int(wrong.argmax())
         there = [c for c, seen in zip(classes, shown[i]) if seen]
         raise ValueError(f"masks: expected every image to show its class, {wrong.sum()} do not: "
-                         f"{listed(names, wrong)}; {names[i]!r} is of class {classes[label[i] - 1]!r} and shows {there}")
+                         f"{listed(names, wrong)}; {names[i]!r} is of class {classes[label[i] - 1]!r} and "
+                         f"shows {there}")
     lost = (label > 0) & ~marked & table["usable"].to_numpy()
     whole = (table[["height", "width"]].to_numpy() == masks.shape[1:]).all(1)
     if (wrong := lost & whole).any():
@@ -705,12 +706,12 @@ def unpack(
     archive: Path,  # a zip
     folder: Path,  # receives what is in it
 ) -> None:
-    "Unpack a zip, inside the folder whatever it names. Raises DamagedDataset if too much would come out, or BadZipFile."
+    "Unpack a zip inside the folder, whatever it names. Raises DamagedDataset if too much would come out, or BadZipFile."
     with zipfile.ZipFile(archive) as zipped:
         size = sum(member.file_size for member in zipped.infolist())
         if size > UNPACKED_MOST:
-            raise DamagedDataset(f"{archive.name}: expected at most {UNPACKED_MOST:,} bytes when unpacked, got {size:,}; "
-                                 "nothing was unpacked")
+            raise DamagedDataset(f"{archive.name}: expected at most {UNPACKED_MOST:,} bytes when unpacked, "
+                                 f"got {size:,}; nothing was unpacked")
         zipped.extractall(folder)
 
 # %% ../nbs/00_data.ipynb #00-data-060
@@ -758,7 +759,7 @@ def fetch_into(
     folder: Path,  # the cache folder
     archive: Path,  # where the zip is kept on the way
 ) -> None:
-    "Download and install, while the lock is held. Raises DownloadError (BrokenDownload if some arrived) or DamagedDataset."
+    "Download and install while the lock is held. Raises DownloadError, BrokenDownload (some arrived) or DamagedDataset."
     try:
         download(MT_URL, archive)
         install_archive(archive, folder)
@@ -771,7 +772,8 @@ def download_advice(error, folder):
     "What to do when the dataset could not be downloaded."
     return (f"The Magnetic Tiles are not on this machine and could not be downloaded from {MT_URL} ({error}). "
             "Try again (an interrupted download resumes), or get that zip elsewhere, unpack it, and name the folder that "
-            f"holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to {folder}.")
+            "holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to "
+            f"{folder}.")
 
 # %% ../nbs/00_data.ipynb #00-data-063
 def decode(
@@ -813,7 +815,7 @@ def magnetic_tiles(
     folder = find_magnetic_tiles(root) or fetch_magnetic_tiles()
     verify_magnetic_tiles(folder, index := read_index())
     fields, _ = check_samples(*decode_all(folder, index, size, threshold), index[list(TABLE_COLUMNS)], MT_CLASSES)
-    return trusted("magnetic-tiles", **fields)  # the protocol says what happens to defects that are lost at a small size
+    return trusted("magnetic-tiles", **fields)  # no warning: the protocol says what becomes of lost defects
 
 # %% ../nbs/00_data.ipynb #00-data-076
 def streaks(
@@ -1175,7 +1177,7 @@ def find_folds(
     partition: int = 0,  # which shuffle, >= 0
     keep_empty: bool = False,  # True: also those defective images that the table calls unusable, see `place_empty`
 ) -> np.ndarray:  # int (N,): 0..4; -1 where an image takes no part
-    "The fold that validates each image, the same under both protocols if it is clean. Raises ValueError for too few tiles."
+    "The fold that validates each image; a clean one has the same under both protocols. Raises ValueError for few tiles."
     check_parts(samples.table["tile"], samples.table["name"])
     usable, tiles = np.flatnonzero(samples.usable), pd.factorize(samples.table["tile"])[0]
     members = class_members(samples)[usable]
