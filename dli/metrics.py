@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Counts', 'count_batch', 'counts_table', 'columns_of', 'iou', 'pooled_iou', 'iou_scores', 'alarm_threshold',
            'alarm_scores', 'scores', 'summarize', 'check_counts', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
-           'partition_counts', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
+           'partition_counts', 'fold_iou_macro', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-003
 import math
@@ -19,7 +19,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from .data import FREE
-from .losses import one_hot
+from .injection import find_ignored
+from .losses import SURE, check_scale, check_shapes, one_hot
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-006
 @dataclass(frozen=True, eq=False)
@@ -35,14 +36,18 @@ class Counts:
 def count_batch(
     logits: torch.Tensor,  # float (B, K, H, W)
     masks: torch.Tensor,  # integer (B, H, W): 0 background, 1..K
+    ignore_index: int | None = None,  # the masks' value for pixels that are not counted; None: there are none
 ) -> Counts:  # on the CPU
-    "Counts per image and class at probability 0.5. Raises ValueError for shapes that differ, and for NaN."
-    if logits.ndim != 4 or (len(logits), *logits.shape[2:]) != tuple(masks.shape):
-        raise ValueError(f"expected logits (B, K, H, W) and masks (B, H, W) of one size, got {tuple(logits.shape)} and {tuple(masks.shape)}")
-    p = logits.float().sigmoid()
+    "Counts per image and class at probability 0.5. Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."
+    check_shapes(logits, masks)
+    target = one_hot(masks, logits.shape[1], ignore_index)
+    known = logits.float()
+    if ignore_index is not None: known = known.masked_fill(find_ignored(masks, ignore_index)[:, None], SURE)
+    p = known.sigmoid()
     p_max = p.amax((2, 3))
     if p_max.isnan().any(): raise ValueError("logits: expected numbers, got NaN. Has the training diverged?")
-    tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), one_hot(masks, p.shape[1]).flatten(2), mode="multilabel")
+    if 0.5 < p_max.max() <= 0.7311: check_scale(logits)  # the sigmoid of 1: no logit is larger
+    tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), target.flatten(2), mode="multilabel")
     return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), masks[0].numel())
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-013
@@ -53,7 +58,8 @@ def counts_table(
 ) -> pd.DataFrame:  # name, class, tile, pixels; then tp_<Class>.., fp_<Class>.., fn_<Class>.., p_<Class>..
     "Counts as a table. Raises ValueError when the counts are of another number of images or classes."
     if counts.tp.shape != (len(table), len(classes)):
-        raise ValueError(f"counts: expected (images, classes) = {(len(table), len(classes))}, got {tuple(counts.tp.shape)}")
+        raise ValueError(f"counts: expected (images, classes) = {(len(table), len(classes))}, got "
+                         f"{tuple(counts.tp.shape)}")
     kinds = dict(tp=counts.tp, fp=counts.fp, fn=counts.fn, p=counts.p_max.double().round(decimals=9))
     columns = {f"{kind}_{c}": values[:, k].numpy() for kind, values in kinds.items() for k, c in enumerate(classes)}
     return table[["name", "class", "tile"]].reset_index(drop=True).assign(pixels=counts.pixels, **columns)
@@ -66,7 +72,8 @@ def columns_of(
 ) -> np.ndarray:  # (N, K)
     "One kind of count, for each image and class. Raises ValueError naming the columns that are missing."
     wanted = [f"{kind}_{c}" for c in classes]
-    if missing := [c for c in wanted if c not in table]: raise ValueError(f"table: expected the columns of counts_table, missing {missing}")
+    if missing := [c for c in wanted if c not in table]:
+        raise ValueError(f"table: expected the columns of counts_table, missing {missing}")
     return table[wanted].to_numpy()
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-018
@@ -120,7 +127,8 @@ def alarm_scores(
     alarmed = region * 5000 >= table["pixels"].to_numpy()  # 0.02 % = 1 / 5000
     result = dict(clean_alarm=float(alarmed[clean].mean()) if clean.any() else None, auroc_image=None, alarm_at_95=None)
     if not clean.any() or clean.all(): return result
-    return result | dict(auroc_image=float(roc_auc_score(~clean, p)), alarm_at_95=float((p[clean] >= alarm_threshold(p[~clean])).mean()))
+    return result | dict(auroc_image=float(roc_auc_score(~clean, p)),
+                         alarm_at_95=float((p[clean] >= alarm_threshold(p[~clean])).mean()))
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-036
 def scores(
@@ -135,7 +143,8 @@ def summarize(
     tables: list[pd.DataFrame],  # of `counts_table`, one a fold
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1), folds
-    "The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds` says so."
+    """The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds`
+    says so."""
     each = pd.DataFrame([scores(t, classes) for t in tables]).astype(float)
     pooled = pd.Series(scores(pd.concat(tables), classes), dtype=float)
     return pd.DataFrame(dict(pooled=pooled, mean=each.mean(), deviation=each.std(), folds=each.count()))
@@ -156,12 +165,16 @@ def tile_counts(
     table: pd.DataFrame,  # of `counts_table`, all folds together
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per tile with a defect: class, then tp_, fp_ and fn_ of every class
-    "Counts of the defective images summed over each tile. A tile of several classes is of its most frequent one (of equals, the first of `classes`)."
+    """Counts of the defective images summed over each tile.
+
+    A tile of several classes is of its most frequent one (of equals, the first of `classes`)."""
     if (unknown := table["tile"].isna()).any():
-        raise ValueError(f"counts: expected the tile of each image, it is unknown for {table['name'][unknown].tolist()[:3]}")
+        raise ValueError("counts: expected the tile of each image, it is unknown for "
+                         f"{table['name'][unknown].tolist()[:3]}")
     defective = table[table["class"] != FREE]
     sums = defective.groupby("tile")[[f"{kind}_{c}" for kind in ("tp", "fp", "fn") for c in classes]].sum()
-    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes), fill_value=0)
+    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes),
+                                                                                       fill_value=0)
     sums.insert(0, "class", images.idxmax(axis=1))
     return sums
 
@@ -185,7 +198,8 @@ def weighted_iou_macro(
     weights: np.ndarray,  # int (R, T): how often each tile counts
 ) -> np.ndarray:  # (R,)
     "`iou_macro` of each resample; a class without a pixel, true or predicted, is left out of its mean."
-    tp, fp, fn = (weights @ counts[[f"{kind}_{c}" for c in classes]].to_numpy() for kind in ("tp", "fp", "fn"))
+    exact = np.asarray(weights, float)  # whole numbers far below 2^53: exact, and faster than integers
+    tp, fp, fn = (exact @ columns_of(counts, kind, classes).astype(float) for kind in ("tp", "fp", "fn"))
     union = tp + fp + fn
     return np.nanmean(np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0), axis=1)
 
@@ -202,6 +216,13 @@ def partition_counts(
     kinds = kinds[~kinds.index.duplicated()].sort_index()
     whole = [counts.drop(columns="class").reindex(kinds.index, fill_value=0) for counts in each]
     return [counts.assign(**{"class": kinds}) for counts in whole]
+
+def fold_iou_macro(table: pd.DataFrame, classes: Sequence[str]) -> float: # of `counts_table`
+    "`iou_macro` of a fold alone."
+    defective = table[table["class"] != FREE]
+    tp, fp, fn = (columns_of(defective, kind, classes).sum(0) for kind in ("tp", "fp", "fn"))
+    union = tp + fp + fn
+    return float(np.mean((tp / np.maximum(union, 1))[union > 0])) if union.any() else math.nan
 
 def mean_iou_macro(
     each: list[pd.DataFrame],  # of `partition_counts`
@@ -232,14 +253,20 @@ def check_pairs(
     b: list[pd.DataFrame],  # of the other
 ) -> None:
     "Raise a ValueError that names the fold and the images that are on one side only, or whose truth differs."
-    if len(a) != len(b) or not a: raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
+    if len(a) != len(b) or not a:
+        raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
     for fold, (x, y) in enumerate(zip(a, b)):
         check_counts(x)
         check_counts(y)
         if other := sorted(set(x["name"]) ^ set(y["name"])):
-            raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: {other[:3]}")
+            raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: "
+                             f"{other[:3]}")
+        columns = ["name", "class", "tile", "pixels"]
+        if x[columns].equals(y[columns]): continue
         pairs = x[["name", "class", "tile", "pixels"]].merge(y[["name", "class", "tile", "pixels"]])
-        if len(pairs) != len(x): raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two sides")
+        if len(pairs) != len(x):
+            raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two "
+                             f"sides")
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-053
 def compare(
@@ -257,10 +284,11 @@ def compare(
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     kinds = pooled[0][0]["class"].to_numpy()
-    weights = np.concatenate([np.ones((1, len(kinds)), np.int64), resample_tiles(kinds, times, np.random.default_rng(seed))])
+    weights = np.concatenate([np.ones((1, len(kinds)), np.int64),
+                              resample_tiles(kinds, times, np.random.default_rng(seed))])
     draws = np.subtract(*(mean_iou_macro(each, classes, weights) for each in pooled))  # (P, 1 + times)
     low, high = np.quantile(draws[:, 1:].mean(0), [0.025, 0.975])
-    folds = tuple(float(iou_scores(x, classes)["iou_macro"] - iou_scores(y, classes)["iou_macro"]) for x, y in zip(a, b))
+    folds = tuple(fold_iou_macro(x, classes) - fold_iou_macro(y, classes) for x, y in zip(a, b))
     whole = draws[:, 0]
     return Comparison(float(whole.mean()), float(low), float(high), folds, len(kinds), tuple(whole.tolist()))
 
@@ -271,12 +299,14 @@ def influence(
     classes: Sequence[str],  # K names
     partitions: Sequence[int] | None = None,
 ) -> pd.DataFrame:  # a row per tile: tile, class, without, moves; what moves most comes first
-    "The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all tiles minus that without this one."
+    """The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all
+    tiles minus that without this one."""
     check_pairs(a, b)
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     own = pooled[0][0]
     weights = np.concatenate([np.ones((1, len(own)), np.int64), 1 - np.eye(len(own), dtype=np.int64)])
     values = np.subtract(*(mean_iou_macro(each, classes, weights).mean(0) for each in pooled))
-    table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:], "moves": values[0] - values[1:]})
+    table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:],
+                          "moves": values[0] - values[1:]})
     return table.sort_values("moves", key=abs, ascending=False, kind="stable").reset_index(drop=True)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'Encoder', 'network', 'count_parameters', 'truncate', 'read_weights', 'package_weights',
            'WeightsUnavailable', 'hub_file', 'hub_weights', 'misfits', 'load_weights', 'make_grey', 'SubPixel',
-           'end_at_half_size', 'find_weights', 'lightweight_unet']
+           'end_at_half_size', 'find_weights', 'is_whole', 'check_network', 'lightweight_unet']
 
 # %% ../nbs/04_models.ipynb #04-models-002
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import timm
 import torch
@@ -183,6 +184,34 @@ def find_weights(
     if weights != "imagenet": return read_weights(weights)
     return hub_weights(encoder) if ENCODERS[encoder].hub else package_weights()
 
+# %% ../nbs/04_models.ipynb #04-models-043a
+def is_whole(
+    value,
+    least: int = 1,
+) -> bool:  # is it a whole number, at least that?
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def check_network(
+    encoder: str,  # expected: a key of `ENCODERS`
+    classes: int,  # expected: at least 1
+    weights: str | Path | None,  # expected: "imagenet", None, or a path
+    channels: int,  # expected: 1 or 3
+    decoder_channels: tuple[int, ...],  # expected: three numbers, or two
+) -> None:
+    "Raise a ValueError that says what was expected and what came."
+    if not isinstance(encoder, str) or encoder not in ENCODERS:
+        raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {encoder!r}")
+    if not is_whole(classes):
+        raise ValueError(f"classes: expected the number of defect classes, at least 1 and without the background, got {classes!r}")
+    if not (weights is None or isinstance(weights, (str, Path))):
+        raise ValueError(f"weights: expected 'imagenet', None (random), or a path, got {weights!r}")
+    if not is_whole(channels) or channels not in (1, 3):
+        raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels!r}")
+    numbers = isinstance(decoder_channels, (tuple, list)) and all(map(is_whole, decoder_channels))
+    if not numbers or len(decoder_channels) not in (2, 3):
+        raise ValueError(f"decoder_channels: expected three numbers, or two, got {decoder_channels!r}")
+
 # %% ../nbs/04_models.ipynb #04-models-044
 def lightweight_unet(
     encoder: str = "resnet18",  # a key of `ENCODERS`
@@ -192,9 +221,7 @@ def lightweight_unet(
     decoder_channels: tuple[int, ...] = (128, 64, 32),  # at the strides 4, 2 and 1; two numbers: see `end_at_half_size`
 ) -> smp.Unet:  # (B, channels, H, W) -> logits (B, classes, H, W)
     "A U-Net whose encoder ends after the second of four stages (Sec. 4.2). Raises ValueError, FileNotFoundError, `WeightsUnavailable`."
-    if encoder not in ENCODERS: raise ValueError(f"encoder: expected one of {', '.join(ENCODERS)}, got {encoder!r}")
-    if channels not in (1, 3): raise ValueError(f"channels: expected 1 (grey) or 3 (RGB), got {channels}")
-    if len(decoder_channels) not in (2, 3): raise ValueError(f"decoder_channels: expected three numbers, or two, got {decoder_channels}")
+    check_network(encoder, classes, weights, channels, decoder_channels)
     entry, stages = ENCODERS[encoder], (*decoder_channels, decoder_channels[-1])[:3]
     model = smp.Unet(entry.smp_name, encoder_depth=3, encoder_weights=None, decoder_channels=stages, classes=classes)
     truncate(model.encoder, entry.removed)

@@ -1,4 +1,9 @@
 "Poisson blending against an independent dense solution, and the properties that every blend must have."
+import inspect
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from scipy.fft import dctn, idctn
 
+from dli import blending
 from dli.blending import blend_tensors, copy_batch, cut_paste, grow_mask, poisson_blend, poisson_blend_image
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
@@ -212,7 +218,20 @@ def test_full_mask_with_mixed_gradients(h, w, blend):
 def test_values_that_are_no_numbers_are_refused(value, mix, blend):
     dst, src, mask = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3), torch.zeros(1, 9, 9, dtype=torch.bool)
     mask[0, 3:6, 3:6], src[0, 0, 4, 4] = True, value
-    with pytest.raises(RuntimeError, match="NaN"): blend(dst, src, mask, mix)
+    with pytest.raises(ValueError, match="NaN"): blend(dst, src, mask, mix)
+
+
+@pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region", "target, elsewhere"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_blends_that_look_at_whole_images_refuse_no_numbers(value, where):
+    "Every pixel of the result depends on every pixel of the target; of the source, on those whose steps are used."
+    dst, src, mask = torch.full((3, 1, 9, 9), 0.5), torch.full((3, 1, 9, 9), 0.3), torch.zeros(3, 9, 9, dtype=torch.bool)
+    mask[:, 3:6, 3:6] = True
+    (src if "source" in where else dst)[1, 0, *((4, 4) if "in the" in where else (1, 7))] = value
+    if where == "source, elsewhere": return poisson_blend(dst, src, mask)
+    with pytest.raises(ValueError, match="image 1: expected finite values"): poisson_blend_image(dst, src, mask)
+    if where == "source, in the region":
+        with pytest.raises(ValueError, match="image 1: "): poisson_blend(dst, src, mask)
 
 
 def test_one_pixel_image():
@@ -289,6 +308,13 @@ def test_wrong_arguments(change, message):
         with pytest.raises(ValueError, match=message): blend(**good | change)
 
 
+def test_wrong_types():
+    x, mask = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    for blend in (poisson_blend, cut_paste, poisson_blend_image):
+        for args, name in (((x.numpy(), x, mask), "dst"), ((x, [x], mask), "src"), ((x, x, mask.numpy()), "mask")):
+            with pytest.raises(TypeError, match=f"{name}: expected a torch tensor, got"): blend(*args)
+
+
 def test_poisson_refuses_half_precision():
     x = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
     with pytest.raises(ValueError, match="expected one of torch.uint8.*got torch.float16"):
@@ -324,6 +350,116 @@ def test_copy_batch_is_clone(x):
     copy = copy_batch(x)
     assert torch.equal(copy, x) and copy.dtype == x.dtype and copy.stride() == x.clone().stride()
     assert not copy.requires_grad and (not x.numel() or copy.data_ptr() != x.data_ptr())
+
+
+# The environment
+
+@pytest.mark.parametrize("blend", [poisson_blend, poisson_blend_image, cut_paste])
+def test_compiled_by_torch_is_the_same(blend):
+    g = torch.Generator().manual_seed(0)
+    dst, src, mask = torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 3, 9, 9, generator=g), torch.rand(2, 9, 9, generator=g) < 0.4
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda d, s, m: blend(d + 0, s, m) + 0, backend="eager")
+    for _ in range(2): assert torch.equal(compiled(dst, src, mask), blend(dst, src, mask))
+
+
+def test_outside_compiler_keeps_names_and_lets_go_of_torch():
+    assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst", "src", "mask", "mix_gradients"]
+    seen = []
+    plain = blending.outside_compiler(lambda x: seen.append(torch.compiler.is_compiling()) or x)
+    torch.compile(lambda x: plain(x + 1) + 1, backend="eager")(torch.ones(2))
+    assert seen == [False]
+
+
+MODULE = """
+import sys
+sys.path.insert(0, {folder!r})
+import kernel
+print(kernel.twice(21), kernel.twice(2.5))
+"""
+KERNEL = """
+from dli.blending import compiled
+
+@compiled
+def twice(x):
+    return 2 * x
+"""
+
+
+def call_kernel(folder, before="", **environment):
+    "Compile and call a function of a module in a folder, in a process of its own."
+    (folder / "kernel.py").write_text(KERNEL)
+    code = before + MODULE.format(folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def cached(folder): return sorted(p.suffix for p in folder.rglob("*.nb*"))
+
+
+def test_compiled_code_is_kept_where_there_is_room(tmp_path):
+    cache = tmp_path / "cache"
+    for _ in range(2): assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
+    assert cached(cache) == [".nbc", ".nbc", ".nbi"]
+
+
+NO_ROOM = """
+import os, tempfile
+makedirs = os.makedirs
+def refuse(path=None, *args, **kwargs):
+    if not str(path).startswith(os.environ["TORCHINDUCTOR_CACHE_DIR"]): raise OSError(30, "Read-only file system")
+    makedirs(path, *args, **kwargs)
+os.makedirs = tempfile.TemporaryFile = refuse
+"""
+
+
+def no_room(folder):
+    "An environment in which only PyTorch has a folder to write to, without which it can't be imported."
+    (folder / "file").touch()
+    nowhere = str(folder / "file" / "home")
+    return dict(HOME=nowhere, NUMBA_CACHE_DIR=nowhere, XDG_CACHE_HOME=nowhere, PYTHONDONTWRITEBYTECODE="1",
+                TORCHINDUCTOR_CACHE_DIR=str(folder / "torch"), MPLCONFIGDIR=str(folder / "torch"))
+
+
+def test_compiled_code_without_any_folder(tmp_path):
+    "No home, no folder of the package, no cache folder that can be written to: as in many containers."
+    assert call_kernel(tmp_path, NO_ROOM, **no_room(tmp_path)) == ["42", "5.0"] and cached(tmp_path) == []
+
+
+LATER = """
+import numba.core.caching as c
+def refuse(*args, **kwargs): raise OSError(28, "No space left on device")
+c.IndexDataCacheFile._open_for_write = refuse
+"""
+
+
+def test_compiled_code_when_the_disk_is_full(tmp_path):
+    assert call_kernel(tmp_path, LATER, NUMBA_CACHE_DIR=str(tmp_path / "cache")) == ["42", "5.0"] and cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"\0" * len(b), lambda b: b[::-1]],
+                         ids=["empty", "half", "zeros", "reversed"])
+def test_damaged_files_of_compiled_code(tmp_path, suffix, damage):
+    cache = tmp_path / "cache"
+    call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache))
+    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
+    assert call_kernel(tmp_path, NUMBA_CACHE_DIR=str(cache)) == ["42", "5.0"]
+
+
+def test_the_library_without_a_writable_home(tmp_path):
+    "Imported and used, in a process that can write nowhere but to PyTorch's folder."
+    code = NO_ROOM + """
+import torch
+from dli import DonorPool, DynamicLabelInjection, synthetic_tiles
+tiles = synthetic_tiles(40, size=32)
+masks = torch.from_numpy(tiles.masks)
+after, labels = DynamicLabelInjection(DonorPool(tiles), fill="all")(torch.from_numpy(tiles.images)[:, None], masks)
+print((labels > 0).flatten(1).any(1).all().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | no_room(tmp_path), timeout=300)
+    assert done.returncode == 0 and done.stdout.split()[-1] == "True", done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

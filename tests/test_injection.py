@@ -1,6 +1,14 @@
 "Algorithm 1: what is planned, what is injected where, and that nothing goes wrong in the middle of an epoch."
+import copy
+import hashlib
 import json
+import os
 import pickle
+import re
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +24,8 @@ from dli.blending import grow_mask, poisson_blend, poisson_blend_image
 from dli.data import Samples
 from dli.injection import (MT_TRANSFORMS, DonorPool, DonorTransform, DynamicLabelInjection, InjectionPlan,
                            choose_labels, class_presence, default_margin, find_clean, show_batch)
+from dli.losses import make_loss, one_hot
+from dli.metrics import count_batch
 
 CLASSES = ("Blowhole", "Break", "Crack")
 STILL = dict.fromkeys(CLASSES, DonorTransform(flip=0, p=0))
@@ -50,6 +60,13 @@ def random_batch(seed, n=6, size=(16, 12), channels=1, dtype=torch.uint8, mask_d
     masks = rng.integers(0, len(CLASSES) + 1, (n, *size)) * (rng.random((n, *size)) < 0.01) * (rng.random(n) < 0.6)[:, None, None]
     images = torch.from_numpy(rng.integers(0, 256, (n, channels, *size), np.uint8))
     return images if dtype == torch.uint8 else images.to(dtype) / 255, torch.from_numpy(masks).to(mask_dtype)
+
+
+def full_pool(classes, size=(16, 12)):
+    "A pool with two donors of each class."
+    masks = np.zeros((2 * len(classes), *size), np.uint8)
+    masks[:, 4:7, 3:6] = np.repeat(np.arange(1, len(classes) + 1), 2)[:, None, None]
+    return DonorPool(make_samples(masks, classes=tuple(classes)))
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
@@ -626,13 +643,6 @@ def test_class_without_donors_is_passed_over():
     assert pool.counts["Break"] == 0 and class_presence(after, 3).sum(0).tolist() == [3, 0, 3]
 
 
-def test_values_above_the_classes_are_left_alone():
-    masks = torch.zeros(4, 16, 12, dtype=torch.uint8)
-    masks[0], masks[1, 0, 0] = 255, 1
-    after = DynamicLabelInjection(DonorPool(random_samples(0)))(masks[:, None], masks, seeded(0))[1]
-    assert torch.equal(after[0], masks[0]) and len(find_clean(after)) == 0
-
-
 def test_an_empty_batch():
     images, masks = torch.zeros(0, 1, 16, 12), torch.zeros(0, 16, 12, dtype=torch.uint8)
     assert [x.shape for x in DynamicLabelInjection(DonorPool(random_samples(0)))(images, masks)] == [images.shape, masks.shape]
@@ -698,12 +708,21 @@ def test_doing_something_does_not_warn():
     (dict(images=torch.full((2, 1, 8, 8), torch.nan)), r"got NaN in images \[0, 1\]"),
     (dict(images=torch.rand(2, 1, 8, 8) * 200 + 2), r"got .* .. .*: divide by 255 or pass uint8"),
     (dict(images=torch.full((2, 1, 8, 8), 300.0)), "got 300 .. 300: inject before normalising"),
-    (dict(masks=torch.zeros(2, 8, 8)), r"masks: expected integers .* got torch.float32 \(2, 8, 8\): pass masks.long\(\)$"),
-    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), r"masks: expected integers .* got torch.bool .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 8, 8)), r"masks: expected integers .* got torch.float32 \(2, 8, 8\): they are all 0: pass masks.long\(\) if"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)), r"got torch.bool .* True does not say of which class .*: pass masks.long\(\) \* k"),
     (dict(masks=torch.zeros(2, 8, 8, dtype=torch.uint16)), r"masks: expected integers .* got torch.uint16 .*: pass masks.long\(\)$"),
     (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\): pass masks\[:, 0\]$"),
-    (dict(masks=torch.zeros(2, 1, 8, 8)), r"got torch.float32 \(2, 1, 8, 8\): pass masks\[:, 0\].long\(\)$"),
-    (dict(masks=torch.zeros(2, 5, 8, 8, dtype=torch.long)), r"got torch.int64 \(2, 5, 8, 8\)$"),
+    (dict(masks=torch.full((2, 1, 8, 8), 2.0)), r"got torch.float32 \(2, 1, 8, 8\): pass masks\[:, 0\].long\(\)$"),
+    (dict(masks=torch.zeros(2, 5, 8, 8, dtype=torch.long)), r"got torch.int64 \(2, 5, 8, 8\): .*without channels$"),
+    (dict(masks=torch.full((2, 8, 8), 0.3)), "got torch.float32 .* fractions such as 0.3, .* resize masks without interpolation"),
+    (dict(masks=torch.full((2, 8, 8), torch.nan)), "got torch.float32 .* there are NaN or infinite values among them"),
+    (dict(masks=torch.ones(2, 3, 8, 8, dtype=torch.uint8)), r"the channels are equal: pass masks\[:, 0\]"),
+    (dict(masks=torch.ones(2, 4, 8, 8, dtype=torch.uint8)), r"the channels are equal: pass masks\[:, 0\]"),
+    (dict(masks=torch.ones(2, 8, 8, 1)), r"got torch.float32 \(2, 8, 8, 1\): .* pass masks\[..., 0\].long\(\) if"),
+    (dict(masks=torch.zeros(2, 1, 1, 8, 8)), r"got torch.float32 \(2, 1, 1, 8, 8\): a mask holds one index"),
+    (dict(images=torch.zeros(2, 8, 8).byte(), masks=torch.zeros(2, 1, 8, 8)), "images: expected .*Were images and masks swapped"),
+    (dict(images=torch.zeros(2, 1, 8, 8).long()), r"got torch.int64: pass images.to\(torch.uint8\), if they are in 0..255"),
+    (dict(images=torch.zeros(2, 1, 8, 8).bfloat16()), r"got torch.bfloat16: pass images.float\(\); convert the result"),
     (dict(masks=torch.zeros(8, 8, dtype=torch.long)), r"got torch.int64 \(8, 8\): pass masks\[None\]$"),
     (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)), r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
 ])
@@ -740,15 +759,208 @@ def test_wrong_types_of_a_batch(change, message):
     with pytest.raises(TypeError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float64, torch.bool])
-def test_the_remedy_for_masks_works(dtype):
-    inject, masks = DynamicLabelInjection(DonorPool(random_samples(0))), random_batch(0)[1][:, None].to(dtype)
-    with pytest.raises(ValueError) as refused: inject.make_params(masks)
-    remedy = str(refused.value).split(": pass ")[1]
-    assert inject.make_params(eval(remedy, dict(masks=masks)), seeded(0)) == inject.make_params(masks.long()[:, 0], seeded(0))
+# -- what masks hold --------------------------------------------------------------------------------------------------
+
+ONE_CLASS = ("Defect",)
 
 
-@pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(fill="half"), dict(choose="first"), dict(region="box")])
+def remedy_of(inject, masks):
+    "What the error says to pass, as code."
+    with pytest.raises(ValueError, match="^masks: expected ") as refused: inject.make_params(masks)
+    return re.search(r"pass (.+?)(?:, or |, if | if |; or|$)", str(refused.value))[1]
+
+
+def index_masks(seed, classes, n=6, size=(16, 12)):
+    "Masks of indices, each class in at least one pixel, and defect-free ones."
+    masks = torch.randint(0, classes + 1, (n, *size), generator=seeded(seed)) * (torch.rand(n, *size, generator=seeded(seed)) < 0.1)
+    masks[0, 0, :classes] = torch.arange(1, classes + 1)
+    masks[-2:] = 0
+    return masks
+
+
+def channels_of(masks, classes, background):
+    planes = torch.nn.functional.one_hot(masks, classes + 1).movedim(-1, 1)
+    return planes if background else planes[:, 1:]
+
+
+SPOILT = {
+    "uint16": lambda m, k: m.to(torch.uint16), "float64": lambda m, k: m.double(), "float16": lambda m, k: m.half(),
+    "a ToTensor": lambda m, k: m.float() / 255, "a ToTensor, half": lambda m, k: (m.float() / 255).half(),
+    "a ToTensor, bfloat16": lambda m, k: (m.float() / 255).bfloat16(), "a ToTensor, channel": lambda m, k: m[:, None].float() / 255,
+    "channel": lambda m, k: m[:, None], "channel behind": lambda m, k: m[..., None], "RGB": lambda m, k: m[:, None].expand(-1, 3, -1, -1),
+    "one-hot": lambda m, k: channels_of(m, k, False), "one-hot bool": lambda m, k: channels_of(m, k, False).bool(),
+    "one-hot float": lambda m, k: channels_of(m, k, False).float(), "one-hot behind": lambda m, k: channels_of(m, k, False).movedim(1, -1),
+    "with background": lambda m, k: channels_of(m, k, True), "with background, bool": lambda m, k: channels_of(m, k, True).bool(),
+    "of one image": lambda m, k: m[0]}
+
+
+@properties
+@given(st.integers(0, 10**6), st.integers(2, 7), st.sampled_from(sorted(SPOILT)))
+def test_the_remedy_for_masks_works(seed, classes, kind):
+    "Whatever a loader made of masks: what the error says to pass has the classes that the masks had."
+    names = tuple("ABCDEFG"[:classes])
+    inject, masks = DynamicLabelInjection(full_pool(names)), index_masks(seed, classes)
+    passed = eval(remedy_of(inject, SPOILT[kind](masks, classes)), dict(masks=SPOILT[kind](masks, classes), torch=torch))
+    assert passed.ndim == 3 and torch.equal(passed.long(), masks[:1] if kind == "of one image" else masks)
+    inject.make_params(passed)
+
+
+@pytest.mark.parametrize("spoil", [lambda m: m.bool(), lambda m: m.float(), lambda m: m.byte() * 255, lambda m: m[:, None].bool(), lambda m: m.half()])
+def test_the_remedy_for_one_class(spoil):
+    inject, masks = DynamicLabelInjection(full_pool(ONE_CLASS), fill="all"), index_masks(0, 1)
+    assert torch.equal(eval(remedy_of(inject, spoil(masks)), dict(masks=spoil(masks), torch=torch)).long(), masks)
+
+
+def test_no_advice_erases_defects():
+    "All that a ToTensor may make of masks: never is a cast advised that makes zeros of them."
+    inject = DynamicLabelInjection(full_pool(CLASSES))
+    for masks in (index_masks(0, 3) / 255, index_masks(0, 3)[:, None] / 255, (index_masks(0, 3) / 255).half(), index_masks(0, 3) / 3):
+        with pytest.raises(ValueError) as refused: inject(torch.zeros(6, 1, 16, 12), masks)
+        assert ".long()" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: (m > 0).byte() * 255, "these look like masks of 0 and 255: write the index of its class, .* pass ignore_index=255$"),
+    (lambda m: m.masked_fill(m == 2, 255), r"got 0..255 \(255 in images \[0.*: where 255 marks pixels .*, pass ignore_index=255$"),
+    (lambda m: m.masked_fill(m == 2, -1), r"got -1..3 \(-1 in images \[0.*pass ignore_index=-1$"),
+    (lambda m: m.masked_fill(m == 2, -100), r"got -100..3 \(-100 in images \[0.*pass ignore_index=-100$"),
+    (lambda m: m + 1, r"got 1..4 \(4 in images .*the background is 0 and the classes are 1..3; do the masks hold one more"),
+    (lambda m: m * 60, r"got 0..180 \(60, 120, 180 in images .*grey levels"),
+    (lambda m: m * 2**40, r"\(1099511627776, 2199023255552, 3298534883328 in images .*grey levels"),
+    (lambda m: m.char() - 2, r"got -2..1 \(-2, -1 in images \[0, 1, 2, 3, 4, 5\]"),
+])
+def test_values_that_are_no_class(change, message):
+    inject, masks = DynamicLabelInjection(full_pool(CLASSES)), change(index_masks(0, 3))
+    plan, state = inject.make_params(index_masks(0, 3)), torch.get_rng_state()
+    for call in (lambda: inject(torch.zeros(6, 1, 16, 12), masks), lambda: inject.make_params(masks),
+                 lambda: inject.transform(torch.zeros(6, 1, 16, 12), masks, plan)):
+        with pytest.raises(ValueError, match=f"^masks: .*(?:{message})"): call()
+    assert inject.stats.batches == 0 and torch.equal(torch.get_rng_state(), state), "nothing was drawn, nothing counted"
+
+
+def test_classes_that_overlap():
+    planes = channels_of(index_masks(0, 3), 3, False)
+    planes[1] = 1
+    with pytest.raises(ValueError, match=r"the classes overlap in images \[1\]: a mask holds one class"): DynamicLabelInjection(full_pool(CLASSES)).make_params(planes)
+
+
+@properties
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)),
+       st.sampled_from((None, 99, -1)))
+def test_a_look_at_masks(seed, classes, dtype, ignore):
+    masks = index_masks(seed, classes).to(dtype)
+    if ignore == 99 or (ignore and dtype.is_signed):
+        masks[torch.rand(masks.shape, generator=seeded(seed)) < 0.3] = ignore
+        masks[-1] = ignore
+    shown = injection.look_at(masks, classes, ignore)
+    by_hand = [[bool((m == k).any()) for k in range(1, classes + 1)] for m in masks]
+    clean = [i for i, m in enumerate(masks) if ((m == 0) | (m == (ignore or 0))).all() and (m == 0).any()]
+    assert shown.classes.tolist() == by_hand == class_presence(masks, classes).tolist()
+    assert shown.clean.tolist() == clean == find_clean(masks, ignore).tolist()
+    for other in (masks.mT.contiguous().mT, masks.repeat(1, 1, 2)[..., ::2].contiguous(), masks[:0]):
+        if len(other) and other.stride() != masks.stride(): assert injection.look_at(other, classes, ignore).clean.tolist() == clean
+    assert injection.look_at(masks[:0], classes, ignore).classes.shape == (0, classes)
+
+
+def test_more_classes_than_a_byte_counts():
+    masks = torch.tensor([0, 255, 256, 300]).reshape(4, 1, 1)
+    shown = injection.look_at(masks, 300)
+    assert np.argwhere(shown.classes).tolist() == [[1, 254], [2, 255], [3, 299]] and shown.clean.tolist() == [0]
+
+
+# -- pixels that count for nothing ------------------------------------------------------------------------------------
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((255, -1, -100)), st.sampled_from(("uniform", "all")), st.booleans(), st.floats(0, 1))
+def test_ignored_pixels_keep_their_mark(seed, ignore, fill, grow, p):
+    images, masks = random_batch(seed, mask_dtype=torch.int64)
+    ignored = torch.rand(masks.shape, generator=seeded(seed)) < 0.3
+    marked, shown = masks.masked_fill(ignored, ignore), masks.masked_fill(ignored, 0)
+    settings = dict(p_poisson=p, fill=fill, grow_label=grow)
+    after, labels = DynamicLabelInjection(DonorPool(random_samples(seed)), ignore_index=ignore, **settings)(images, marked, seeded(seed))
+    expected = DynamicLabelInjection(DonorPool(random_samples(seed)), **settings)(images, shown, seeded(seed))
+    assert torch.equal(labels == ignore, ignored) and torch.equal(after, expected[0])
+    assert torch.equal(labels, expected[1].masked_fill(ignored, ignore)), "as if they were background, but for the mark"
+
+
+def test_a_mask_of_nothing_known_is_no_target():
+    masks = torch.zeros(4, 16, 12, dtype=torch.uint8)
+    masks[0], masks[1], masks[1, 0, 0], masks[2, 0, 0] = 255, 255, 0, 255
+    plan = DynamicLabelInjection(full_pool(CLASSES), fill="all", ignore_index=255).make_params(masks)
+    assert sorted(plan.target) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("ignore, error, message", [
+    (2, ValueError, "a value that masks have for no class, outside 0..3, got 2"), (0, ValueError, "outside 0..3, got 0"),
+    (True, TypeError, "whole number such as 255, or None, got True"), (255.0, TypeError, "got 255.0"), ("255", TypeError, "got '255'")])
+def test_ignore_index_is_no_class(ignore, error, message):
+    with pytest.raises(error, match=f"ignore_index: expected .*{message}"): DynamicLabelInjection(full_pool(CLASSES), ignore_index=ignore)
+
+
+def test_ignore_index_means_the_same_for_losses():
+    images, masks = random_batch(0, mask_dtype=torch.int64)
+    masks[:, :4] = 255
+    labels = DynamicLabelInjection(full_pool(CLASSES), fill="all", ignore_index=255)(images, masks, seeded(0))[1]
+    logits = torch.randn(6, 3, 16, 12, requires_grad=True)
+    make_loss("baseline", ignore_index=255, classes=CLASSES)(logits, labels).backward()
+    assert not logits.grad[:, :, :4].any() and logits.grad[:, :, 4:].all()
+    assert count_batch(logits, labels, ignore_index=255).tp.sum() == ((logits > 0) & one_hot(labels, 3, 255)).sum()
+
+
+# -- said when it is made ---------------------------------------------------------------------------------------------
+
+def said(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(w.filename == __file__ for w in caught), "warnings point to the line that calls"
+    return [str(w.message) for w in caught]
+
+
+def test_what_can_never_be_injected_is_said():
+    one = full_pool(ONE_CLASS)
+    assert "fill='uniform' never injects anything with one class ('Defect')" in said(lambda: DynamicLabelInjection(one))[0]
+    assert "Pass fill='all'" in said(lambda: DynamicLabelInjection(one, choose="random"))[0]
+    assert said(lambda: DynamicLabelInjection(one, fill="all")) == said(lambda: DynamicLabelInjection(full_pool(CLASSES))) == []
+    masks = np.zeros((2, 8, 8), np.uint8)
+    masks[0, 2, 2] = 3
+    without = DonorPool(make_samples(masks))
+    for fill in ("uniform", "all"):
+        assert "for want of donors: Blowhole, Break (DonorPool(0 Blowhole" in said(lambda: DynamicLabelInjection(without, fill=fill))[0]
+
+
+def test_one_class_and_patience():
+    images, masks = torch.zeros(4, 1, 16, 12).byte(), index_masks(0, 1)[2:].byte()
+    inject = []
+    said(lambda: inject.append(DynamicLabelInjection(full_pool(ONE_CLASS))))
+    words = said(lambda: [inject[0](images, masks) for _ in range(injection.PATIENCE)])
+    assert len(words) == 1 and "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'" in words[0]
+
+
+def test_images_of_another_size_are_doubted_once():
+    inject = DynamicLabelInjection(full_pool(CLASSES))
+    batch = torch.full((2, 1, 20, 12), 9).byte(), torch.zeros(2, 20, 12).byte()
+    words = said(lambda: [inject(*batch) for _ in range(3)])
+    assert len(words) == 1 and "the images have 20 x 12 pixels, the donors were cut from images of 16 x 12" in words[0]
+    assert "right for crops" in words[0] and "wrong for images resized" in words[0]
+    assert said(lambda: inject(torch.zeros(2, 1, 16, 12), torch.zeros(2, 16, 12).byte())) == []
+
+
+@pytest.mark.parametrize("scale, words", [
+    (lambda x: (x / 255).byte(), "the largest byte is 1 of 255. Were floats of 0..1 cast to uint8"), (lambda x: x / 255**2, "divided by 255 twice"),
+    (lambda x: x.byte(), None), (lambda x: x / 255, None), (lambda x: (x * 0).byte(), None), (lambda x: x * 0, None)])
+def test_images_that_are_nearly_black(scale, words):
+    images, inject = scale(torch.arange(384.0).clamp(max=255).reshape(2, 1, 16, 12)), DynamicLabelInjection(full_pool(CLASSES))
+    heard = said(lambda: [inject(images, torch.zeros(2, 16, 12).byte()) for _ in range(2)])
+    assert len(heard) == (words is not None) and (words is None or words in heard[0])
+
+
+@pytest.mark.parametrize("wrong", [dict(mix_gradients="no"), dict(grow_label=1), dict(grow_label="False")])
+def test_switches_are_switches(wrong):
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected True or False, got"): DynamicLabelInjection(full_pool(CLASSES), **wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(p_poisson=float("nan")), dict(p_poisson="0.5"), dict(fill="half"), dict(choose="first"), dict(region="box")])
 def test_wrong_choices(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"): DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
 
@@ -798,10 +1010,200 @@ def test_global_generator():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-def test_pickles():
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "copy", "pickle"])
+def test_copies(copied):
     images, masks = random_batch(0)
-    inject = DynamicLabelInjection(DonorPool(random_samples(0)))
-    assert torch.equal(pickle.loads(pickle.dumps(inject))(images, masks, seeded(0))[0], inject(images, masks, seeded(0))[0])
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all", ignore_index=200, mix_gradients=True)
+    inject(images, masks, seeded(1))
+    again = copied(inject)
+    assert repr(again.stats) == repr(inject.stats) and again.ignore_index == 200
+    assert same(again(images, masks, seeded(0)), inject(images, masks, seeded(0)))
+    if copied is not copy.copy: assert again.pool is not inject.pool and again.stats is not inject.stats
+
+
+# -- the environment --------------------------------------------------------------------------------------------------
+
+def batch_and_result(**choices):
+    images, masks = random_batch(0, n=12, dtype=torch.float32)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0), FLIPS), fill="all", **choices)
+    return inject, images, masks, inject(images, masks, seeded(0))
+
+
+@pytest.mark.parametrize("p_poisson", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("region", ["exact", "image"])
+def test_compiled_is_the_same(p_poisson, region):
+    "A plan with mirrors, applied in what `torch.compile` traces: the first call, and one after a graph was broken, and one in a loop."
+    inject, images, masks, expected = batch_and_result(p_poisson=p_poisson, region=region)
+    plan = inject.make_params(masks, seeded(0))
+    assert plan.hflip.any() and plan.vflip.any()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda i, m: [x + 0 for x in inject.transform(i, m, plan)], backend="eager")
+    for _ in range(3): assert same(compiled(images, masks), expected)
+    planned = torch.compile(lambda m, g: inject.make_params(m + 0, g), backend="eager")
+    assert planned(masks, seeded(0)) == plan
+    whole = torch.compile(lambda i, m, g: [x + 0 for x in inject(i + 0, m + 0, g)], backend="eager")
+    for _ in range(2): assert same(whole(images, masks, seeded(0)), expected)
+
+
+def test_made_in_a_compiled_step():
+    inject, images, masks, expected = batch_and_result()
+    pool, samples = inject.pool, random_samples(0)
+    torch._dynamo.reset()
+    step = torch.compile(lambda i, m, g: [x + 0 for x in DynamicLabelInjection(pool, fill="all")(i, m, g)], backend="eager")
+    assert same(step(images, masks, seeded(0)), expected)
+    cut = torch.compile(lambda x: (x + 0, DonorPool(samples, FLIPS)), backend="eager")(images)[1]
+    for a, b in zip(cut.donors, pool.donors): assert (a.image == b.image).all() and (a.mask == b.mask).all() and a.anchor == b.anchor
+
+
+def test_compiled_after_many_graphs():
+    "When the compiler gives up on a function it runs it as it is, but goes on to compile what that calls."
+    inject, images, masks, expected = batch_and_result()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1) if hasattr(torch._dynamo.config, "recompile_limit") else torch.no_grad():
+        step = torch.compile(lambda i, m, g: [x + 0 for x in inject(i, m, g)], backend="eager")
+        for n in (12, 5, 7, 12):
+            result = step(images[:n], masks[:n], seeded(0))
+            assert same(result, inject(images[:n], masks[:n], seeded(0)))
+
+
+def test_a_picture_in_a_compiled_step():
+    inject, images, masks, (after, labels) = batch_and_result()
+    plan = inject.make_params(masks, seeded(0))
+    torch._dynamo.reset()
+    drawn = torch.compile(lambda x: show_batch(x, after, labels, plan, CLASSES, limit=2), backend="eager")(images)
+    assert len(drawn.axes) == 4
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "no gradients": torch.no_grad, "inference": torch.inference_mode,
+    "device cpu": lambda: torch.device("cpu"), "device meta": lambda: torch.device("meta")}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings_change_nothing(name):
+    inject, images, masks, expected = batch_and_result()
+    with SURROUNDINGS[name]():
+        made = DynamicLabelInjection(DonorPool(random_samples(0), FLIPS), fill="all")
+        results = [inject(images, masks, seeded(0)), made(images, masks, seeded(0))]
+        random = DynamicLabelInjection(inject.pool, choose="random", fill="all").make_params(masks, seeded(0))
+        torch.manual_seed(3)
+        drawn = inject.make_params(masks)
+    assert all(same(r, expected) for r in results) and len(random) == len(drawn) > 0
+    assert random == DynamicLabelInjection(inject.pool, choose="random", fill="all").make_params(masks, seeded(0))
+    torch.manual_seed(3)
+    assert drawn == inject.make_params(masks), "the global generator is the CPU's"
+
+
+@pytest.mark.parametrize("setting", ["torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')", "torch.set_default_device('cpu')"])
+def test_defaults_change_nothing(setting):
+    "In a process of its own, where the defaults are set before the library is imported."
+    code = f"""
+import torch
+{setting}
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_injection as t, hashlib
+with torch.device("cpu"): inject, images, masks, _ = t.batch_and_result()
+pool = t.DonorPool(t.random_samples(0), t.FLIPS)
+results = t.DynamicLabelInjection(pool, fill="all")(images, masks, t.seeded(0) if "meta" not in {setting!r} else torch.Generator("cpu").manual_seed(0))
+print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in results)).hexdigest())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    expected = batch_and_result()[3]
+    assert out.stdout.split()[-1] == hashlib.sha256(b"".join(x.numpy().tobytes() for x in expected)).hexdigest()
+
+
+def test_four_threads_share_one_injection():
+    inject, images, masks, expected = batch_and_result()
+    inject.stats, wrong = injection.InjectionStats(dict.fromkeys(CLASSES, 0)), []
+
+    def work():
+        for _ in range(25):
+            if not same(inject(images, masks, seeded(0)), expected): wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not wrong and (inject.stats.batches, inject.stats.images) == (100, 1200)
+    assert sum(inject.stats.injected.values()) == 100 * len(find_clean(masks))
+
+
+def test_counting_never_waits_for_a_thread_that_was_not_forked():
+    held = threading.Event()
+
+    def hold():
+        with injection.COUNTING:
+            held.set()
+            released.wait(20)
+
+    released, inject = threading.Event(), batch_and_result(p_poisson=0)[0]
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    images, masks = random_batch(0)
+    child = os.fork()
+    if child == 0:
+        inject(images.float() / 255, masks, seeded(0))
+        os._exit(0)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done: break
+        time.sleep(0.05)
+    else: os.kill(child, 9)
+    released.set()
+    thread.join()
+    assert done == child and status == 0
+
+
+# -- by way of the CPU ------------------------------------------------------------------------------------------------
+
+def test_which_way_a_plan_takes():
+    inject, images, masks, _ = batch_and_result()
+    plan = inject.make_params(masks, seeded(0))
+    pasted = replace(plan, poisson=np.zeros(len(plan), bool))
+    for device in ("cuda", "cuda:1", "mps", "xpu"):
+        assert injection.goes_through_cpu(torch.device(device), plan) and not injection.goes_through_cpu(torch.device(device), pasted)
+    assert not injection.goes_through_cpu(torch.device("cpu"), plan)
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((torch.uint8, torch.float32)), st.sampled_from(("exact", "image")), st.booleans())
+def test_the_way_through_the_cpu_gives_the_same(seed, dtype, region, marked):
+    "Every plan sent that way, here without another device."
+    images, masks = random_batch(seed, dtype=dtype, channels=3, mask_dtype=torch.int64)
+    if marked: masks[:, 3:5] = 255
+    inject = DynamicLabelInjection(DonorPool(random_samples(seed)), region=region, ignore_index=255, fill="all")
+    expected, kept = inject(images, masks, seeded(seed)), (images.clone(), masks.clone())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(injection, "goes_through_cpu", lambda device, plan: True)
+        assert same(inject(images, masks, seeded(seed)), expected) and same((images, masks), kept)
+        assert not inject(images.float().div(300).requires_grad_(), masks)[0].requires_grad
+
+
+class OnGpu(torch.Tensor):
+    "A tensor that says it is on a GPU, as long as it is not copied to the CPU, and notes who copied what."
+    copies = []
+
+    @property
+    def device(self): return torch.device("cuda")
+
+    def cpu(self):
+        OnGpu.copies.append(len(self))
+        return self.as_subclass(torch.Tensor)
+
+
+def test_only_targets_travel(monkeypatch):
+    inject, images, masks, expected = batch_and_result(p_poisson=1)
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: to(x) if a and a[0] == torch.device("cuda") else to(x, *a, **k))
+    plan, OnGpu.copies = inject.make_params(masks, seeded(0)), []
+    got = injection.apply_plan(inject, images.as_subclass(OnGpu), masks.as_subclass(OnGpu), plan)
+    assert OnGpu.copies == [len(plan), len(plan)] and len(plan) < len(images)
+    assert same([x.as_subclass(torch.Tensor) for x in got], expected)
 
 
 @pytest.mark.parametrize("channels, dtype", [(1, torch.uint8), (3, torch.float32)])

@@ -38,7 +38,7 @@ def test_one_hot_and_back(seed, classes, dtype):
     assert torch.equal((target * torch.arange(1, classes + 1)[:, None, None]).sum(1), masks.long())
 
 
-@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "integers .B, H, W., got torch.float32"), (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
+@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "expected integers .B, H, W.,.* got torch.float32"), (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
                                           (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"), (torch.full((1, 2, 2), -1), r"got -1..-1"),
                                           (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool")])
 def test_one_hot_refuses(masks, words):
@@ -255,7 +255,6 @@ def test_counts_that_make_no_sense(bad, weights, name):
 def test_the_authors_weights():
     "Printed by the authors' code; uneven, with the most pixels, weighs the most in their balanced loss."
     wce, balanced = [0.2490, 0.2294, 0.2483, 0.2005, 0.0729], [0.129, 0.140, 0.129, 0.160, 0.441]
-    np.testing.assert_allclose(image_weights(wce), balanced, atol=6e-4)
     pixels = np.round((1 - 4 * np.array(wce)) * 1e6)  # counts that have these weights
     loss = make_loss("balanced-authors", pixels_per_class=pixels).classification
     np.testing.assert_allclose(loss.weights, balanced, atol=6e-4)

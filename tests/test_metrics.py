@@ -33,7 +33,8 @@ def example(seed, n=6, size=8, k=3):
     classes = torch.randint(0, k + 1, (n,), generator=g)
     masks = (torch.rand(n, size, size, generator=g) < 0.3) * classes[:, None, None]
     logits = torch.randn(n, k, size, size, generator=g) - 1
-    table = pd.DataFrame({"name": [f"i{i}" for i in range(n)], "class": [[FREE, *CLASSES][c] for c in classes], "tile": range(n)})
+    table = pd.DataFrame({"name": [f"i{i}" for i in range(n)], "class": [[FREE, *CLASSES][c] for c in classes],
+                          "tile": range(n)})
     return logits, masks, table
 
 
@@ -56,7 +57,8 @@ def test_counts_by_loops(seed):
             expected = [(said & true).sum(), (said & ~true).sum(), (~said & true).sum()]
             assert [counts.tp[i, k], counts.fp[i, k], counts.fn[i, k]] == expected
             assert counts.p_max[i, k] == logits[i, k].sigmoid().max()
-    assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64 and counts.p_max.dtype == torch.float32 and counts.pixels == 64
+    assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64
+    assert counts.p_max.dtype == torch.float32 and counts.pixels == 64
 
 
 @given(seeds, st.sampled_from([torch.uint8, torch.int32]))
@@ -100,7 +102,8 @@ def test_pooled_counts_are_those_of_one_large_image(seed):
     table = counted(logits, masks, table)
     for kind in ("tp", "fp", "fn"):
         assert table[[f"{kind}_{c}" for c in CLASSES]].sum().tolist() == getattr(joined, kind)[0].tolist()
-    assert pooled_iou(table, CLASSES) == pooled_iou(counts_table(pd.DataFrame({"name": ["j"], "class": ["A"], "tile": [0]}), joined, CLASSES), CLASSES)
+    assert pooled_iou(table, CLASSES) == pooled_iou(counts_table(pd.DataFrame({"name": ["j"], "class": ["A"],
+                                                                               "tile": [0]}), joined, CLASSES), CLASSES)
 
 
 @given(seeds)
@@ -156,7 +159,8 @@ def test_the_table_of_samples():
     tiles = synthetic_tiles(n=60, size=64, seed=0)
     masks = torch.from_numpy(tiles.masks)
     table = counts_table(tiles.table, count_batch(perfect(masks, 5), masks), tiles.classes)
-    assert list(table.columns[:4]) == ["name", "class", "tile", "pixels"] and table["name"].tolist() == tiles.table["name"].tolist()
+    assert list(table.columns[:4]) == ["name", "class", "tile", "pixels"]
+    assert table["name"].tolist() == tiles.table["name"].tolist()
     assert scores(table, tiles.classes)["iou_macro"] == 1
 
 
@@ -178,7 +182,8 @@ def test_agreement_with_sklearn(seed):
     for c in CLASSES:
         some = torch.tensor((table["class"] == c).to_numpy())
         if not some.any(): continue
-        assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T, average="micro"))
+        assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T,
+                                                                           average="micro"))
 
 
 @given(seeds)
@@ -186,7 +191,8 @@ def test_agreement_with_sklearn(seed):
 def test_scores_are_in_bounds_flat_and_json(seed):
     logits, masks, table = example(seed)
     result = scores(counted(logits, masks, table), CLASSES)
-    assert set(result) == {"iou_macro", "iou_micro", "clean_alarm", "auroc_image", "alarm_at_95", *(f"iou_{c}" for c in CLASSES), *(f"iou_of_images_{c}" for c in CLASSES)}
+    assert set(result) == {"iou_macro", "iou_micro", "clean_alarm", "auroc_image", "alarm_at_95",
+                           *(f"iou_{c}" for c in CLASSES), *(f"iou_of_images_{c}" for c in CLASSES)}
     assert all(v is None or type(v) is float and 0 <= v <= 1 for v in result.values())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -235,7 +241,8 @@ def test_false_alarms_on_clean_images_do_not_lower_the_iou():
 def test_predicting_another_class_costs_both():
     masks, table = all_kinds()
     result = scores(counted(perfect(masks)[:, [1, 0, 2]], masks, table), CLASSES)
-    assert (result["iou_A"], result["iou_B"], result["iou_C"]) == (0, 0, 1) and result["iou_macro"] == pytest.approx(1 / 3)
+    assert (result["iou_A"], result["iou_B"], result["iou_C"]) == (0, 0, 1)
+    assert result["iou_macro"] == pytest.approx(1 / 3)
 
 
 # Undefined
@@ -269,14 +276,17 @@ def test_only_clean_images():
 
 # Alarms
 
-@pytest.mark.parametrize("pixels, region, alarm", [(10_000, 1, 0), (10_000, 2, 1), (65_536, 13, 0), (65_536, 14, 1), (128**2, 3, 0), (128**2, 4, 1)])
+@pytest.mark.parametrize("pixels, region, alarm", [(10_000, 1, 0), (10_000, 2, 1), (65_536, 13, 0), (65_536, 14, 1),
+                                                   (128**2, 3, 0), (128**2, 4, 1)])
 def test_the_smallest_region_that_alarms(pixels, region, alarm):
-    table = pd.DataFrame({"class": [FREE], "pixels": pixels, "tp_A": 0, "fp_A": region, "fn_A": 0, "p_A": 0.9, "tp_B": 0, "fp_B": 1, "fn_B": 0, "p_B": 0.9})
+    table = pd.DataFrame({"class": [FREE], "pixels": pixels, "tp_A": 0, "fp_A": region, "fn_A": 0, "p_A": 0.9,
+                          "tp_B": 0, "fp_B": 1, "fn_B": 0, "p_B": 0.9})
     assert alarm_scores(table, ["A", "B"])["clean_alarm"] == alarm
 
 
 def test_regions_of_two_classes_are_not_added():
-    table = pd.DataFrame({"class": [FREE], "pixels": 10_000} | {f"{kind}_{c}": [n] for c in "AB" for kind, n in dict(tp=0, fp=1, fn=0, p=0.9).items()})
+    table = pd.DataFrame({"class": [FREE], "pixels": 10_000}
+                         | {f"{kind}_{c}": [n] for c in "AB" for kind, n in dict(tp=0, fp=1, fn=0, p=0.9).items()})
     assert alarm_scores(table, ["A", "B"])["clean_alarm"] == 0
 
 
@@ -320,7 +330,8 @@ def test_nan_and_infinity():
 
 def test_a_column_that_is_missing_is_named():
     logits, masks, table = example(0)
-    with pytest.raises(ValueError, match="missing .'tp_Fray'"): scores(counted(logits, masks, table), [*CLASSES, "Fray"])
+    with pytest.raises(ValueError, match="missing .'tp_Fray'"):
+        scores(counted(logits, masks, table), [*CLASSES, "Fray"])
 
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
@@ -336,7 +347,8 @@ def fold_tables(draw, folds=3, methods=2):
     for fold in range(folds):
         n = 12
         kinds = np.array(["A", "A", "B", "B", "C", "C", *rng.choice([*CLASSES3, FREE], n - 6)])
-        base = pd.DataFrame({"name": [f"{fold}-{i}" for i in range(n)], "class": kinds, "tile": fold * 100 + rng.integers(0, 6, n), "pixels": 4096})
+        base = pd.DataFrame({"name": [f"{fold}-{i}" for i in range(n)], "class": kinds,
+                             "tile": fold * 100 + rng.integers(0, 6, n), "pixels": 4096})
         for tables in result:
             counts = {f"{kind}_{c}": rng.integers(0, 50, n) for kind in ("tp", "fp", "fn") for c in CLASSES3}
             tables.append(base.assign(**counts, **{f"p_{c}": rng.random(n) for c in CLASSES3}))
@@ -377,20 +389,24 @@ def test_resamples_keep_the_number_of_tiles_of_each_class(kinds, seed):
 
 
 def test_a_tile_of_several_classes_is_of_its_most_frequent():
-    table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2], **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
+    table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2],
+                          **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
     assert metrics.tile_counts(table, CLASSES3)["class"].to_dict() == {1: "B", 2: "A"}
 
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda b: b[:-1], "expected as many folds on both sides, at least one, got 3 and 2"),
-    (lambda b: [b[0].iloc[1:], *b[1:]], r"fold 0: expected the same images on both sides, 1 are on one only: \['0-0'\]"),
+    (lambda b: [b[0].iloc[1:], *b[1:]],
+     r"fold 0: expected the same images on both sides, 1 are on one only: \['0-0'\]"),
     (lambda b: [b[0], b[1].assign(tile=5), b[2]], "fold 1: class, tile or size of .* images differ"),
     (lambda b: [b[0], b[1], b[2].assign(pixels=1)], "fold 2: class, tile or size of 12 images differ"),
 ])
 def test_compare_refuses_other_images(spoil, message):
     rng = np.random.default_rng(0)
-    base = lambda f: pd.DataFrame({"name": [f"{f}-{i}" for i in range(12)], "class": rng.choice(list(CLASSES3), 12), "tile": np.arange(12) + 20 * f, "pixels": 4096,
-                                   **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn") for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
+    base = lambda f: pd.DataFrame({"name": [f"{f}-{i}" for i in range(12)], "class": rng.choice(list(CLASSES3), 12),
+                                   "tile": np.arange(12) + 20 * f, "pixels": 4096,
+                                   **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn")
+                                      for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
     a = [base(f) for f in range(3)]
     with pytest.raises(ValueError, match=message): metrics.compare(a, spoil([t.copy() for t in a]), CLASSES3, times=10)
 
@@ -401,8 +417,10 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
 
     def study(n):
         area, shared = rng.integers(50, 400, n), rng.normal(0, 1, n)
-        found = [np.round(area / (1 + np.exp(-shared - shift - rng.normal(0, 0.7, n)))).astype(int) for shift in (0.6, 0.2)]
-        base = pd.DataFrame({"name": np.arange(n).astype(str), "class": "A", "tile": np.arange(n), "pixels": 4096, "fp_A": 0, "p_A": 1.0})
+        found = [np.round(area / (1 + np.exp(-shared - shift - rng.normal(0, 0.7, n)))).astype(int)
+                 for shift in (0.6, 0.2)]
+        base = pd.DataFrame({"name": np.arange(n).astype(str), "class": "A", "tile": np.arange(n), "pixels": 4096,
+                             "fp_A": 0, "p_A": 1.0})
         return [[base.assign(tp_A=f, fn_A=area - f)] for f in found]
 
     truth = metrics.compare(*study(200_000), ["A"], times=2).difference
@@ -417,18 +435,22 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
 def test_summary_is_of_the_folds(tables):
     table = metrics.summarize(tables[0], CLASSES3)
     each = [metrics.scores(t, CLASSES3)["iou_A"] for t in tables[0]]
-    assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each)) and table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
-    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"] and table.loc["iou_A", "folds"] == 3
+    assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each))
+    assert table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
+    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"]
+    assert table.loc["iou_A", "folds"] == 3
 
 
 def partitioned(seed):
     "Two methods in two partitions of the same twelve tiles into two folds each."
     rng = np.random.default_rng(seed)
-    base = pd.DataFrame({"name": [str(i) for i in range(12)], "class": [*"AAAABBBBCCCC"], "tile": np.arange(12), "pixels": 4096})
+    base = pd.DataFrame({"name": [str(i) for i in range(12)], "class": [*"AAAABBBBCCCC"], "tile": np.arange(12),
+                         "pixels": 4096})
     tables = []
     for order in (rng.permutation(12), rng.permutation(12)):
         for half in (order[:6], order[6:]):
-            tables.append([base.iloc[half].assign(**{f"{k}_{c}": rng.integers(1, 50, 6) for k in ("tp", "fp", "fn") for c in CLASSES3},
+            tables.append([base.iloc[half].assign(**{f"{k}_{c}": rng.integers(1, 50, 6) for k in ("tp", "fp", "fn")
+                                                     for c in CLASSES3},
                                                   **{f"p_{c}": 0.5 for c in CLASSES3}) for _ in range(2)])
     return [a for a, _ in tables], [b for _, b in tables]
 
@@ -437,10 +459,12 @@ def test_partitions_are_scored_apart_and_tiles_drawn_together():
     a, b = partitioned(0)
     both = metrics.compare(a, b, CLASSES3, times=500, partitions=[3, 3, 7, 7])
     alone = [metrics.compare(a[i:i + 2], b[i:i + 2], CLASSES3, times=500) for i in (0, 2)]
-    assert both.partitions == pytest.approx([c.difference for c in alone]) and both.difference == pytest.approx(np.mean(both.partitions))
+    assert both.partitions == pytest.approx([c.difference for c in alone])
+    assert both.difference == pytest.approx(np.mean(both.partitions))
     assert both.tiles == 12 and len(both.folds) == 4
     twice = metrics.compare(a[:2] * 2, b[:2] * 2, CLASSES3, times=500, partitions=[0, 0, 1, 1])
-    assert (twice.low, twice.high) == pytest.approx((alone[0].low, alone[0].high)), "the same partition again is no further evidence"
+    assert (twice.low, twice.high) == pytest.approx((alone[0].low,
+                                                     alone[0].high)), "the same partition again is no further evidence"
 
 
 def test_a_partition_may_lack_tiles():
@@ -462,3 +486,31 @@ def test_influence_is_the_difference_without_a_tile():
 
 def test_a_comparison_without_an_interval_says_so():
     assert str(metrics.Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
+
+
+# ---- pixels that are not counted, and batches that make no sense -----------------------------------------------------------
+
+@given(seeds, st.sampled_from((255, -1, -100)))
+@settings(max_examples=30, deadline=None)
+def test_ignored_pixels_are_not_counted(seed, ignore):
+    "Whatever is predicted there, NaN included: the counts are those of an image that is sure of nothing there."
+    logits, masks, _ = example(seed)
+    masks, ignored = masks.long(), torch.rand(masks.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    counts = count_batch(logits.masked_fill(ignored[:, None], torch.nan), masks.masked_fill(ignored, ignore), ignore_index=ignore)
+    expected = count_batch(logits.masked_fill(ignored[:, None], -1e4), masks.masked_fill(ignored, 0))
+    for name in ("tp", "fp", "fn", "p_max"): assert torch.equal(getattr(counts, name), getattr(expected, name))
+    assert counts.pixels == masks[0].numel()
+
+
+def test_ignore_index_is_no_class():
+    logits, masks, _ = example(0)
+    with pytest.raises(ValueError, match="ignore_index: expected .* outside 0..3, got 2"): count_batch(logits, masks, ignore_index=2)
+    with pytest.raises(ValueError, match="pass ignore_index=255"): count_batch(logits, masks.long().fill_(255))
+
+
+def test_probabilities_and_empty_batches():
+    logits, masks, _ = example(0)
+    with pytest.raises(ValueError, match="expected at least one image"): count_batch(logits[:0], masks[:0])
+    with pytest.raises(ValueError, match="before the sigmoid"): count_batch((logits * 9).sigmoid(), masks)
+    with pytest.raises(ValueError, match="expected floats, .* got torch.bool"): count_batch(logits > 0, masks)
+    assert count_batch(logits * 0, masks).tp.sum() == (masks > 0).sum(), "zeros are logits"

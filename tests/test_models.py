@@ -99,7 +99,17 @@ def test_same_seed_same_network():
 @pytest.mark.parametrize("kwargs, words", [(dict(encoder="resnet50"), "resnet18, resnest50d, mobileone_s1, efficientnet_lite0.*'resnet50'"),
                                            (dict(channels=4), "1 .grey. or 3 .RGB., got 4"),
                                            (dict(weights="imagenet22k"), "'imagenet', None, or the path"),
-                                           (dict(decoder_channels=(8,)), "three numbers, or two, got .8,.")])
+                                           (dict(decoder_channels=(8,)), "three numbers, or two, got .8,."),
+                                           (dict(decoder_channels=32), "three numbers, or two, got 32"),
+                                           (dict(decoder_channels=(32, 0)), "three numbers, or two, got .32, 0."),
+                                           (dict(decoder_channels=(32, 16, 8.0)), "three numbers, or two, got .32, 16, 8.0."),
+                                           (dict(classes=0), "classes: expected the number of defect classes, at least 1 .*, got 0"),
+                                           (dict(classes=-1), "classes: .* got -1"), (dict(classes=True), "classes: .* got True"),
+                                           (dict(classes=5.0), "classes: .* got 5.0"), (dict(classes=("A", "B")), "classes: .* got .'A', 'B'."),
+                                           (dict(channels=True), "1 .grey. or 3 .RGB., got True"), (dict(channels="3"), "got '3'"),
+                                           (dict(encoder=None), "encoder: expected one of .*, got None"), (dict(encoder=["resnet18"]), "got .'resnet18'."),
+                                           (dict(weights=False), "'imagenet', None .random., or a path, got False"),
+                                           (dict(weights={}), "or a path, got {}")])
 def test_wrong_arguments(kwargs, words):
     with pytest.raises(ValueError, match=words): lightweight_unet(**{"weights": None} | kwargs)
 
