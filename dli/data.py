@@ -6,19 +6,19 @@
 __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'OVERVIEW', 'UNPACKED_MOST', 'SHAPES',
            'REAL_COUNTS', 'FOLDS', 'LEAST_PER_CLASS', 'LEAST_SYNTHETIC', 'DATASETS', 'SYNTHETIC_VERSION', 'PROTOCOLS',
            'listed', 'check_classes', 'as_text', 'same_name', 'check_names', 'check_parts', 'check_usable',
-           'check_sizes', 'check_table', 'as_array', 'image_advice', 'check_images', 'value_advice', 'check_masks',
-           'find_shown', 'check_story', 'check_samples', 'lost_text', 'Samples', 'trusted', 'cut', 'draw_contours',
-           'drawable', 'show_samples', 'all_whole', 'csv_bytes', 'header_of', 'read_table', 'read_index',
-           'cache_folder', 'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files', 'class_folder',
-           'missing_files', 'extra_files', 'explain_difference', 'changed_files', 'find_problems', 'damage_report',
-           'verify_magnetic_tiles', 'DownloadError', 'BrokenDownload', 'open_remote', 'download', 'unpack',
-           'install_archive', 'one_at_a_time', 'fetch_magnetic_tiles', 'fetch_into', 'download_advice', 'decode',
-           'decode_all', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks', 'clean_surface',
-           'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect', 'photograph',
-           'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles', 'resolve_dataset',
-           'load_dataset', 'index_fingerprint', 'data_fingerprint', 'class_members', 'dataset_table', 'assign_folds',
-           'check_tiles', 'rarest_class', 'find_folds', 'place_empty', 'take_fraction', 'check_split', 'held_out',
-           'absent_classes', 'check_sides', 'split_samples']
+           'check_sizes', 'special', 'check_table', 'as_array', 'image_advice', 'check_images', 'value_advice',
+           'check_masks', 'find_shown', 'check_story', 'check_samples', 'lost_text', 'Samples', 'trusted', 'cut',
+           'draw_contours', 'drawable', 'show_samples', 'all_whole', 'csv_bytes', 'header_of', 'read_table',
+           'read_index', 'cache_folder', 'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files',
+           'class_folder', 'missing_files', 'extra_files', 'explain_difference', 'changed_files', 'find_problems',
+           'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'BrokenDownload', 'open_remote', 'download',
+           'unpack', 'install_archive', 'one_at_a_time', 'fetch_magnetic_tiles', 'fetch_into', 'download_advice',
+           'decode', 'decode_all', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks',
+           'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect',
+           'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles',
+           'resolve_dataset', 'load_dataset', 'index_fingerprint', 'data_fingerprint', 'class_members', 'dataset_table',
+           'assign_folds', 'check_tiles', 'rarest_class', 'find_folds', 'place_empty', 'take_fraction', 'check_split',
+           'held_out', 'absent_classes', 'check_sides', 'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-003
 import csv
@@ -132,7 +132,7 @@ def check_parts(
     unknown = parts.isna() | (parts == "")
     if unknown.any():
         raise ValueError(f"table: the part (column tile) of {unknown.sum()} images is unknown: "
-                         f"{listed(names, unknown)}. Fill it in; if each of these images shows a part of its own, write the image's name")
+                         f"{listed(names, unknown)}. Fill it in; where an image shows a part of its own, write its name")
     if parts.dtype.kind in "iu" and isinstance(parts.dtype, np.dtype): return parts
     values = [int(v) if isinstance(v, (float, np.floating)) and np.isfinite(v) and v == int(v) else v for v in parts]
     wrong = [isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, np.integer, str)) for v in values]
@@ -173,6 +173,14 @@ def check_sizes(
                          f"for {listed(names, wrong)}")
     return sizes.astype(int)
 
+# %% ../nbs/00_data.ipynb #00-data-209
+def special(
+    dtype,  # of a column
+) -> bool:
+    "Whether a column is no plain numbers or text: categories, and types with a missing value of their own."
+    plain_text = isinstance(dtype, pd.StringDtype) and getattr(dtype, "na_value", pd.NA) is not pd.NA
+    return not (isinstance(dtype, np.dtype) or plain_text)
+
 # %% ../nbs/00_data.ipynb #00-data-174
 def check_table(
     table: pd.DataFrame,  # a row per image, with at least `TABLE_COLUMNS`
@@ -186,8 +194,7 @@ def check_table(
     if twice := [c for c in TABLE_COLUMNS if (table.columns == c).sum() > 1]:
         raise ValueError(f"table: expected each column once, got {twice} more than once")
     table = table.reset_index(drop=True)
-    categories = {c: table[c].astype(object) for c in table if isinstance(table[c].dtype, pd.CategoricalDtype)}
-    table = table.assign(**categories)
+    table = table.assign(**{c: table[c].astype(object) for c in TABLE_COLUMNS if special(table[c].dtype)})
     table["name"] = names = check_names(table["name"])
     table["tile"] = check_parts(table["tile"], names)
     table["usable"] = check_usable(table["usable"], names)
@@ -219,7 +226,7 @@ def as_array(
                              f"{values[i].shape} for {names[i]!r}: resize or crop them")
         values = values if any(isinstance(v, np.ma.MaskedArray) for v in values) else np.stack(values)
     if isinstance(values, (list, np.ma.MaskedArray)):
-        raise TypeError(f"{what}: expected plain arrays, got masked ones (their hidden values would count): write .filled(0)")
+        raise TypeError(f"{what}: expected plain arrays, got masked ones, whose hidden values count: write .filled(0)")
     return np.asarray(values)
 
 # %% ../nbs/00_data.ipynb #00-data-177
@@ -318,7 +325,8 @@ def check_story(
         i = int(wrong.argmax())
         there = [c for c, seen in zip(classes, shown[i]) if seen]
         raise ValueError(f"masks: expected every image to show its class, {wrong.sum()} do not: "
-                         f"{listed(names, wrong)}; {names[i]!r} is of class {classes[label[i] - 1]!r} and shows {there}")
+                         f"{listed(names, wrong)}; {names[i]!r} is of class {classes[label[i] - 1]!r} and "
+                         f"shows {there}")
     lost = (label > 0) & ~marked & table["usable"].to_numpy()
     whole = (table[["height", "width"]].to_numpy() == masks.shape[1:]).all(1)
     if (wrong := lost & whole).any():
@@ -422,7 +430,7 @@ def drawable(
     text,  # a name, of whatever people type
 ) -> str:
     "The text with a mark in the place of what no font can draw. (Give `parse_math=False` too: a $ is no formula.)"
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in str(text))
 
 # %% ../nbs/00_data.ipynb #00-data-018
 def show_samples(
@@ -698,12 +706,12 @@ def unpack(
     archive: Path,  # a zip
     folder: Path,  # receives what is in it
 ) -> None:
-    "Unpack a zip, inside the folder whatever it names. Raises DamagedDataset if too much would come out, or BadZipFile."
+    "Unpack a zip inside the folder, whatever it names. Raises DamagedDataset if too much would come out, or BadZipFile."
     with zipfile.ZipFile(archive) as zipped:
         size = sum(member.file_size for member in zipped.infolist())
         if size > UNPACKED_MOST:
-            raise DamagedDataset(f"{archive.name}: expected at most {UNPACKED_MOST:,} bytes when unpacked, got {size:,}; "
-                                 "nothing was unpacked")
+            raise DamagedDataset(f"{archive.name}: expected at most {UNPACKED_MOST:,} bytes when unpacked, "
+                                 f"got {size:,}; nothing was unpacked")
         zipped.extractall(folder)
 
 # %% ../nbs/00_data.ipynb #00-data-060
@@ -751,7 +759,7 @@ def fetch_into(
     folder: Path,  # the cache folder
     archive: Path,  # where the zip is kept on the way
 ) -> None:
-    "Download and install, while the lock is held. Raises DownloadError (BrokenDownload if some arrived) or DamagedDataset."
+    "Download and install while the lock is held. Raises DownloadError, BrokenDownload (some arrived) or DamagedDataset."
     try:
         download(MT_URL, archive)
         install_archive(archive, folder)
@@ -764,7 +772,8 @@ def download_advice(error, folder):
     "What to do when the dataset could not be downloaded."
     return (f"The Magnetic Tiles are not on this machine and could not be downloaded from {MT_URL} ({error}). "
             "Try again (an interrupted download resumes), or get that zip elsewhere, unpack it, and name the folder that "
-            f"holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to {folder}.")
+            "holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to "
+            f"{folder}.")
 
 # %% ../nbs/00_data.ipynb #00-data-063
 def decode(
@@ -806,7 +815,7 @@ def magnetic_tiles(
     folder = find_magnetic_tiles(root) or fetch_magnetic_tiles()
     verify_magnetic_tiles(folder, index := read_index())
     fields, _ = check_samples(*decode_all(folder, index, size, threshold), index[list(TABLE_COLUMNS)], MT_CLASSES)
-    return trusted("magnetic-tiles", **fields)  # the protocol says what happens to defects that are lost at a small size
+    return trusted("magnetic-tiles", **fields)  # no warning: the protocol says what becomes of lost defects
 
 # %% ../nbs/00_data.ipynb #00-data-076
 def streaks(
@@ -1059,16 +1068,18 @@ DATASETS = ("auto", "magnetic-tiles", "synthetic")
 # %% ../nbs/00_data.ipynb #00-data-112
 def resolve_dataset(
     name: str,  # one of `DATASETS`
+    fallback: bool = True,  # False: an error instead of synthetic tiles where the real ones can't be had
 ) -> str:  # "magnetic-tiles" or "synthetic"
     """Replace `auto` by the dataset it stands for on this machine, downloading the real one if it is not here.
 
-    Raises ValueError for another name, BrokenDownload or DamagedDataset."""
+    Raises ValueError for another name, BrokenDownload or DamagedDataset; without `fallback` any DownloadError."""
     if name not in DATASETS: raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     if name != "auto": return name
     try: find_magnetic_tiles() or fetch_magnetic_tiles()
     except BrokenDownload as error:
         raise BrokenDownload(f"{error} Or ask for the dataset 'synthetic' by its name.") from error
     except DownloadError as error:
+        if not fallback: raise
         message = f"SYNTHETIC DATA: results say nothing about the real tiles. {error}"
         warnings.warn(message, stacklevel=3)
         print(message)
@@ -1166,7 +1177,7 @@ def find_folds(
     partition: int = 0,  # which shuffle, >= 0
     keep_empty: bool = False,  # True: also those defective images that the table calls unusable, see `place_empty`
 ) -> np.ndarray:  # int (N,): 0..4; -1 where an image takes no part
-    "The fold that validates each image, the same under both protocols if it is clean. Raises ValueError for too few tiles."
+    "The fold that validates each image; a clean one has the same under both protocols. Raises ValueError for few tiles."
     check_parts(samples.table["tile"], samples.table["name"])
     usable, tiles = np.flatnonzero(samples.usable), pd.factorize(samples.table["tile"])[0]
     members = class_members(samples)[usable]
@@ -1217,9 +1228,9 @@ def check_split(
     "Raise a ValueError that tells what was expected."
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    if not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
+    if isinstance(fold, bool) or not isinstance(fold, (int, np.integer)) or not 0 <= fold < FOLDS:
         raise ValueError(f"expected a fold in 0..{FOLDS - 1}, got {fold!r}; for other folds, choose another partition")
-    if not isinstance(partition, (int, np.integer)) or partition < 0:
+    if isinstance(partition, bool) or not isinstance(partition, (int, np.integer)) or partition < 0:
         raise ValueError(f"expected a partition >= 0, a whole number, got {partition!r}")
     if not 0 < fraction <= 1: raise ValueError(f"expected a fraction in (0, 1], got {fraction}")
 

@@ -382,6 +382,7 @@ def test_refusing_server_falls_back_only_under_auto(server, status, capsys):
     assert samples.source == "synthetic" and "SYNTHETIC DATA" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="SYNTHETIC DATA"): assert data.resolve_dataset("auto") == "synthetic"
     assert "SYNTHETIC DATA" in capsys.readouterr().out and data.resolve_dataset("magnetic-tiles") == "magnetic-tiles"
+    with pytest.raises(data.DownloadError, match=str(status)): data.resolve_dataset("auto", fallback=False)
 
 
 def test_unreachable_host_says_where_to_put_the_folder(server, monkeypatch):
@@ -589,6 +590,8 @@ SAME = {  # different ways to give the same samples
     "object parts": dict(table_tile=TABLE["tile"].astype(object)),
     "nullable parts": dict(table_tile=pd.array(TABLE["tile"], "Int64")),
     "categories": {f"table_{c}": pd.Categorical(TABLE[c]) for c in ("name", "class", "tile")},
+    "nullable text": {f"table_{c}": pd.array(TABLE[c], "string") for c in ("name", "class")},
+    "nullable numbers": dict(table_width=pd.array([20] * 30, "Int32"), table_height=pd.array([12.0] * 30, "Float64")),
     "float sizes": dict(table_width=20.0, table_height=12.0),
     "another index": dict(table=TABLE.set_index(np.arange(30)[::-1] * 7)),
     "another column": dict(table_note=np.nan),
@@ -635,6 +638,9 @@ REFUSED = {
     "name empty": (dict(table_name=fill(TABLE["name"], 4, "")), "a name for each image, got '' in row 4"),
     "name missing": (dict(table_name=fill(TABLE["name"], 4, None)), "a name for each image, got .* in row 4"),
     "name a number": (dict(table_name=fill(TABLE["name"], 4, 1.5)), "a name for each image, got 1.5 in row 4"),
+    "name NA": (dict(table_name=pd.array(fill(TABLE["name"], 4, None), "string")), "a name for each image, got <NA> in row 4"),
+    "class NA": (dict(table_class=pd.array(fill(TABLE["class"], 12, None), "string")), "classes .* got also .* for '110'"),
+    "part NA": (dict(table_tile=pd.array(fill(TABLE["tile"], 12, None), "Int64")), "part .* of 1 images is unknown: '110'"),
     "name above": (dict(table_name=fill(TABLE["name"], 4, "../a")), "names like 'a' or 'folder/a', got '../a'"),
     "name of the root": (dict(table_name=fill(TABLE["name"], 4, "/a")), "got '/a'"),
     "name of a folder": (dict(table_name=fill(TABLE["name"], 4, "a/")), "got 'a/'"),
@@ -1018,6 +1024,8 @@ def test_fraction_counts_tiles(synthetic):
     (dict(fold=5), r"expected a fold in 0\.\.4, got 5; for other folds, choose another partition"),
     (dict(fold=1.0), r"expected a fold in 0\.\.4, got 1\.0"),
     (dict(fold=None), r"expected a fold in 0\.\.4, got None"),
+    (dict(fold=True), r"expected a fold in 0\.\.4, got True"),
+    (dict(partition=True), "expected a partition >= 0, a whole number, got True"),
     (dict(partition=-1), "expected a partition >= 0, a whole number, got -1"),
     (dict(partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
 ])
