@@ -17,7 +17,7 @@ ifneq ($(wildcard ../shared/magnetic-tile),)
 export DLI_DATA ?= $(abspath ../shared/magnetic-tile)
 endif
 
-.PHONY: help install run figures test test-slow docs readme prepare
+.PHONY: help install run figures study test test-slow docs readme prepare
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ figures: install ## re-draw paper_figures/ from the committed rows (FOLDS='[0, 1
 	@failed=0; for name in $(STUDY); do \
 	  $(BIN)/papermill nbs/$$name.ipynb runs/$$name.ipynb -p store paper_figures/results -y 'folds: $(FOLDS)' -y 'partitions: $(PARTITIONS)' \
 	  || failed=1; done; exit $$failed
+
+study: install ## run the study's notebooks in place, as they are committed: with outputs
+	@for name in $(STUDY); do $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/$$name.ipynb || exit 1; done
+	$(BIN)/nbdev_clean
 
 # One thread a process: two that share two cores and spin while they wait are several times slower than one.
 test test-slow: export OMP_NUM_THREADS = 1

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from .blending import (POISSON_DTYPES, bounding_box, check_tensor, copy_batch, cut_paste, outside_compiler,
-                          poisson_blend_image, poisson_patches)
-from .data import Samples, draw_contours
+from .blending import (POISSON_DTYPES, bounding_box, check_tensor, copy_batch, cut_paste, outside_compiler, poisson_blend_image,
+                          poisson_patches)
+from .data import Samples, draw_contours, drawable
 
 # %% ../nbs/02_injection.ipynb #02-injection-009
 @dataclass(frozen=True)
@@ -1171,7 +1171,8 @@ def show_batch(
         for ax, x in zip(axes[:, i], (before, after)):
             ax.imshow(x[t].detach().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255 if x.dtype == torch.uint8 else 1)
         draw_contours(axes[1, i], masks[t].cpu().numpy(), linewidth=0.7)
-        axes[0, i].set_title(f"{classes[plan.label[i] - 1]}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}", fontsize=7)
+        title = f"{drawable(classes[plan.label[i] - 1])}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}"
+        axes[0, i].set_title(title, fontsize=7, parse_math=False)
     fig.tight_layout(pad=0.3)
     plt.close(fig)
     return fig

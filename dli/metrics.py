@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Counts', 'count_batch', 'counts_table', 'columns_of', 'iou', 'pooled_iou', 'iou_scores', 'alarm_threshold',
-           'alarm_scores', 'scores', 'summarize', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
-           'partition_counts', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
+           'alarm_scores', 'scores', 'summarize', 'check_counts', 'tile_counts', 'resample_tiles', 'weighted_iou_macro',
+           'partition_counts', 'fold_iou_macro', 'mean_iou_macro', 'Comparison', 'check_pairs', 'compare', 'influence']
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-003
 import math
@@ -60,7 +60,8 @@ def counts_table(
 ) -> pd.DataFrame:  # name, class, tile, pixels; then tp_<Class>.., fp_<Class>.., fn_<Class>.., p_<Class>..
     "Counts as a table. Raises ValueError when the counts are of another number of images or classes."
     if counts.tp.shape != (len(table), len(classes)):
-        raise ValueError(f"counts: expected (images, classes) = {(len(table), len(classes))}, got {tuple(counts.tp.shape)}")
+        raise ValueError(f"counts: expected (images, classes) = {(len(table), len(classes))}, got "
+                         f"{tuple(counts.tp.shape)}")
     kinds = dict(tp=counts.tp, fp=counts.fp, fn=counts.fn, p=counts.p_max.double().round(decimals=9))
     columns = {f"{kind}_{c}": values[:, k].numpy() for kind, values in kinds.items() for k, c in enumerate(classes)}
     return table[["name", "class", "tile"]].reset_index(drop=True).assign(pixels=counts.pixels, **columns)
@@ -73,7 +74,8 @@ def columns_of(
 ) -> np.ndarray:  # (N, K)
     "One kind of count, for each image and class. Raises ValueError naming the columns that are missing."
     wanted = [f"{kind}_{c}" for c in classes]
-    if missing := [c for c in wanted if c not in table]: raise ValueError(f"table: expected the columns of counts_table, missing {missing}")
+    if missing := [c for c in wanted if c not in table]:
+        raise ValueError(f"table: expected the columns of counts_table, missing {missing}")
     return table[wanted].to_numpy()
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-018
@@ -102,9 +104,11 @@ def iou_scores(
     defective = table[table["class"] != FREE]
     each = {c: pooled_iou(defective, [c]) for c in classes}
     defined = [value for value in each.values() if value is not None]
+    true = columns_of(defective, "tp", classes) + columns_of(defective, "fn", classes)
+    showing = {c: (defective["class"] == c) | (true[:, k] > 0) for k, c in enumerate(classes)}
     return dict(iou_macro=sum(defined) / len(defined) if defined else None, iou_micro=pooled_iou(defective, classes),
                 **{f"iou_{c}": value for c, value in each.items()},
-                **{f"iou_of_images_{c}": pooled_iou(defective[defective["class"] == c], classes) for c in classes})
+                **{f"iou_of_images_{c}": pooled_iou(defective[showing[c]], classes) for c in classes})
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-028
 def alarm_threshold(
@@ -125,7 +129,8 @@ def alarm_scores(
     alarmed = region * 5000 >= table["pixels"].to_numpy()  # 0.02 % = 1 / 5000
     result = dict(clean_alarm=float(alarmed[clean].mean()) if clean.any() else None, auroc_image=None, alarm_at_95=None)
     if not clean.any() or clean.all(): return result
-    return result | dict(auroc_image=float(roc_auc_score(~clean, p)), alarm_at_95=float((p[clean] >= alarm_threshold(p[~clean])).mean()))
+    return result | dict(auroc_image=float(roc_auc_score(~clean, p)),
+                         alarm_at_95=float((p[clean] >= alarm_threshold(p[~clean])).mean()))
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-036
 def scores(
@@ -140,20 +145,38 @@ def summarize(
     tables: list[pd.DataFrame],  # of `counts_table`, one a fold
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1), folds
-    "The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds` says so."
+    """The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds`
+    says so."""
     each = pd.DataFrame([scores(t, classes) for t in tables]).astype(float)
     pooled = pd.Series(scores(pd.concat(tables), classes), dtype=float)
     return pd.DataFrame(dict(pooled=pooled, mean=each.mean(), deviation=each.std(), folds=each.count()))
+
+# %% ../nbs/05_metrics.ipynb #05-metrics-044a
+def check_counts(
+    table: pd.DataFrame,  # of `counts_table`
+) -> None:
+    "Raise a ValueError that names images whose tile is unknown (no tile's counts would hold them) or whose name repeats."
+    unknown, repeated = table["tile"].isna(), table["name"].duplicated()
+    for problem, wrong in (("an unknown tile", unknown), ("a name that repeats", repeated)):
+        if wrong.any():
+            names = ", ".join(map(repr, table["name"][wrong][:3]))
+            raise ValueError(f"counts: expected one row per image and its tile; {wrong.sum()} have {problem}: {names}")
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-044
 def tile_counts(
     table: pd.DataFrame,  # of `counts_table`, all folds together
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per tile with a defect: class, then tp_, fp_ and fn_ of every class
-    "Counts of the defective images summed over each tile. A tile of several classes is of its most frequent one (of equals, the first of `classes`)."
+    """Counts of the defective images summed over each tile.
+
+    A tile of several classes is of its most frequent one (of equals, the first of `classes`)."""
+    if (unknown := table["tile"].isna()).any():
+        raise ValueError("counts: expected the tile of each image, it is unknown for "
+                         f"{table['name'][unknown].tolist()[:3]}")
     defective = table[table["class"] != FREE]
     sums = defective.groupby("tile")[[f"{kind}_{c}" for kind in ("tp", "fp", "fn") for c in classes]].sum()
-    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes), fill_value=0)
+    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes),
+                                                                                       fill_value=0)
     sums.insert(0, "class", images.idxmax(axis=1))
     return sums
 
@@ -177,7 +200,8 @@ def weighted_iou_macro(
     weights: np.ndarray,  # int (R, T): how often each tile counts
 ) -> np.ndarray:  # (R,)
     "`iou_macro` of each resample; a class without a pixel, true or predicted, is left out of its mean."
-    tp, fp, fn = (weights @ counts[[f"{kind}_{c}" for c in classes]].to_numpy() for kind in ("tp", "fp", "fn"))
+    exact = np.asarray(weights, float)  # whole numbers far below 2^53: exact, and faster than integers
+    tp, fp, fn = (exact @ columns_of(counts, kind, classes).astype(float) for kind in ("tp", "fp", "fn"))
     union = tp + fp + fn
     return np.nanmean(np.divide(tp, union, out=np.full(tp.shape, np.nan), where=union > 0), axis=1)
 
@@ -194,6 +218,13 @@ def partition_counts(
     kinds = kinds[~kinds.index.duplicated()].sort_index()
     whole = [counts.drop(columns="class").reindex(kinds.index, fill_value=0) for counts in each]
     return [counts.assign(**{"class": kinds}) for counts in whole]
+
+def fold_iou_macro(table: pd.DataFrame, classes: Sequence[str]) -> float: # of `counts_table`
+    "`iou_macro` of a fold alone."
+    defective = table[table["class"] != FREE]
+    tp, fp, fn = (columns_of(defective, kind, classes).sum(0) for kind in ("tp", "fp", "fn"))
+    union = tp + fp + fn
+    return float(np.mean((tp / np.maximum(union, 1))[union > 0])) if union.any() else math.nan
 
 def mean_iou_macro(
     each: list[pd.DataFrame],  # of `partition_counts`
@@ -224,12 +255,20 @@ def check_pairs(
     b: list[pd.DataFrame],  # of the other
 ) -> None:
     "Raise a ValueError that names the fold and the images that are on one side only, or whose truth differs."
-    if len(a) != len(b) or not a: raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
+    if len(a) != len(b) or not a:
+        raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
     for fold, (x, y) in enumerate(zip(a, b)):
+        check_counts(x)
+        check_counts(y)
         if other := sorted(set(x["name"]) ^ set(y["name"])):
-            raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: {other[:3]}")
+            raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: "
+                             f"{other[:3]}")
+        columns = ["name", "class", "tile", "pixels"]
+        if x[columns].equals(y[columns]): continue
         pairs = x[["name", "class", "tile", "pixels"]].merge(y[["name", "class", "tile", "pixels"]])
-        if len(pairs) != len(x): raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two sides")
+        if len(pairs) != len(x):
+            raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two "
+                             f"sides")
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-053
 def compare(
@@ -247,10 +286,11 @@ def compare(
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     kinds = pooled[0][0]["class"].to_numpy()
-    weights = np.concatenate([np.ones((1, len(kinds)), np.int64), resample_tiles(kinds, times, np.random.default_rng(seed))])
+    weights = np.concatenate([np.ones((1, len(kinds)), np.int64),
+                              resample_tiles(kinds, times, np.random.default_rng(seed))])
     draws = np.subtract(*(mean_iou_macro(each, classes, weights) for each in pooled))  # (P, 1 + times)
     low, high = np.quantile(draws[:, 1:].mean(0), [0.025, 0.975])
-    folds = tuple(float(iou_scores(x, classes)["iou_macro"] - iou_scores(y, classes)["iou_macro"]) for x, y in zip(a, b))
+    folds = tuple(fold_iou_macro(x, classes) - fold_iou_macro(y, classes) for x, y in zip(a, b))
     whole = draws[:, 0]
     return Comparison(float(whole.mean()), float(low), float(high), folds, len(kinds), tuple(whole.tolist()))
 
@@ -261,12 +301,14 @@ def influence(
     classes: Sequence[str],  # K names
     partitions: Sequence[int] | None = None,
 ) -> pd.DataFrame:  # a row per tile: tile, class, without, moves; what moves most comes first
-    "The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all tiles minus that without this one."
+    """The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all
+    tiles minus that without this one."""
     check_pairs(a, b)
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     own = pooled[0][0]
     weights = np.concatenate([np.ones((1, len(own)), np.int64), 1 - np.eye(len(own), dtype=np.int64)])
     values = np.subtract(*(mean_iou_macro(each, classes, weights).mean(0) for each in pooled))
-    table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:], "moves": values[0] - values[1:]})
+    table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:],
+                          "moves": values[0] - values[1:]})
     return table.sort_values("moves", key=abs, ascending=False, kind="stable").reset_index(drop=True)

@@ -30,13 +30,15 @@ from tqdm.auto import tqdm
 from .data import DATASETS
 from .metrics import scores
 from .models import ENCODERS, Encoder
-from .training import (CHECKPOINTS, KEY_DEFAULTS, METHODS, PRESETS, RECIPE, Method, Preset, RunConfig, default_device, evaluation_steps, locked,
+from .training import (CHECKPOINTS, KEY_DEFAULTS, METHODS, PRESETS, RECIPE, Method, Preset, RunConfig,
+                          default_device, evaluation_steps, locked,
                           project_root, read_row, resolve, run, run_folder, run_key, run_name, write_whole)
 
 # %% ../nbs/07_study.ipynb #07-study-007
 RESULTS = "paper_figures/results"  # the committed store, below the project's root
 COSTS = "paper_figures/cost"  # short runs: only their seconds count
-FILES = ("config.json", "counts.csv", "curve.csv", "regions.npz", "row.json")  # what is kept of a run; the row is written last
+# what is kept of a run; the row is written last
+FILES = ("config.json", "counts.csv", "curve.csv", "regions.npz", "row.json")
 
 # %% ../nbs/07_study.ipynb #07-study-008
 @lru_cache(maxsize=4096)
@@ -60,12 +62,16 @@ def as_config_value(value):
 
 def row_config(row: pd.Series | dict,  # a row, as it was stored or from `load_runs`
                ) -> RunConfig:
-    "The config that a row belongs to; a field that the row lacks has its default. Raises ValueError for a value that `RunConfig` refuses."
+    """The config that a row belongs to; a field that the row lacks has its default.
+
+    Raises ValueError for a value that `RunConfig` refuses."""
     return RunConfig(**{f.name: as_config_value(row[f.name]) for f in fields(RunConfig) if f.name in row})
 
 # %% ../nbs/07_study.ipynb #07-study-010
-REQUIRED = (*KEY_DEFAULTS, "key", "recipe", "source", "device", "best_iou_macro_selected_on_val", "seam_alarm_cutpaste", "seam_alarm_poisson")
-OPTIONAL = ("train_images", "val_images", "train_tiles", "val_tiles", "clean_alarm", "auroc_image", "alarm_at_95", "best_step", "threads",
+REQUIRED = (*KEY_DEFAULTS, "key", "recipe", "source", "device", "best_iou_macro_selected_on_val", "seam_alarm_cutpaste",
+            "seam_alarm_poisson")
+OPTIONAL = ("train_images", "val_images", "train_tiles", "val_tiles", "clean_alarm", "auroc_image", "alarm_at_95",
+            "best_step", "threads",
             "versions", "commit", "finished")
 PREFIXES = ("iou_", "train_iou_", "injected_", "seconds_")
 ALWAYS = ("key", "recipe", "method", "encoder", "preset")  # in a row of any recipe
@@ -73,7 +79,8 @@ ALWAYS = ("key", "recipe", "method", "encoder", "preset")  # in a row of any rec
 def check_fields(row: dict):
     "Raise ValueError naming the fields that a row lacks, or should not have."
     own = row.get("recipe") == RECIPE
-    if lacking := [name for name in (REQUIRED if own else ALWAYS) if name not in row]: raise ValueError(f"it lacks {', '.join(lacking)}")
+    if lacking := [name for name in (REQUIRED if own else ALWAYS) if name not in row]:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
     known = {*REQUIRED, *OPTIONAL, *(f.name for f in fields(RunConfig))}
     unknown = [name for name in row if own and name not in known and not name.startswith(PREFIXES)]
     if unknown: raise ValueError(f"unknown fields {', '.join(unknown)}: was it written by another version?")
@@ -85,7 +92,8 @@ def with_later_fields(row: dict) -> dict:
 # %% ../nbs/07_study.ipynb #07-study-011
 def check_scores(row: dict, counts: pd.DataFrame):
     "Raise ValueError naming the first score that the counts contradict."
-    if row.get("val_images", len(counts)) != len(counts): raise ValueError(f"counts.csv has {len(counts)} images, the row says {row['val_images']}")
+    if row.get("val_images", len(counts)) != len(counts):
+        raise ValueError(f"counts.csv has {len(counts)} images, the row says {row['val_images']}")
     for name, value in scores(counts, [c.removeprefix("tp_") for c in counts if c.startswith("tp_")]).items():
         if name not in row: raise ValueError(f"it lacks {name}")
         if value != row[name] and (None in (value, row[name]) or not math.isclose(value, row[name], abs_tol=1e-9)):
@@ -93,7 +101,9 @@ def check_scores(row: dict, counts: pd.DataFrame):
 
 def read_run(folder: Path, # of a finished run
              ) -> dict:    # its row, and the folder
-    "Raises ValueError, naming what is wrong, if a finished run is not whole. A row of another recipe is read as it is: its fields may be others."
+    """Raises ValueError, naming what is wrong, if a finished run is not whole.
+
+    A row of another recipe is read as it is: its fields may be others."""
     row = read_row(folder)
     if not isinstance(row, dict): raise ValueError(f"expected a JSON object in row.json, got a {type(row).__name__}")
     check_fields(row)
@@ -101,21 +111,25 @@ def read_run(folder: Path, # of a finished run
     if not isinstance(row["recipe"], int): raise ValueError(f"recipe is {row['recipe']!r}: expected a whole number")
     if row["recipe"] == RECIPE:
         row = with_later_fields(row)
-        if run_key(row_config(row)) != row["key"]: raise ValueError(f"its key is {row['key']}, that of its content {run_key(row_config(row))}")
+        if run_key(row_config(row)) != row["key"]:
+            raise ValueError(f"its key is {row['key']}, that of its content {run_key(row_config(row))}")
         check_scores(row, read_counts(dict(folder=folder)))
     return row | dict(folder=str(folder))
 
 # %% ../nbs/07_study.ipynb #07-study-013
 def read_store(store: Path,  # a folder of run folders; it need not exist
                ) -> list[dict]:
-    "The rows of a store, ordered by folder name. Broken rows and foreign folders are named in a warning and left alone."
+    """The rows of a store, ordered by folder name.
+
+    Broken rows and foreign folders are named in a warning and left alone."""
     rows = []
     for folder in sorted(p for p in store.glob("*") if p.is_dir() and not p.name.startswith(".")):
         try:
             if (folder / "row.json").exists(): rows.append(read_run(folder))
             elif not any((folder / name).exists() for name in ("config.json", "lock")):
                 raise ValueError("neither a row.json nor a config.json: not the folder of a run")
-        except (ValueError, KeyError, TypeError, OSError) as e: warnings.warn(f"{folder} is not counted: {e}", stacklevel=3)
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            warnings.warn(f"{folder} is not counted: {e}", stacklevel=3)
     return rows
 
 # %% ../nbs/07_study.ipynb #07-study-014
@@ -125,16 +139,19 @@ def what(row: dict) -> dict:
     "A row without where, when and how fast."
     return {k: v for k, v in row.items() if k not in TIMES and not k.startswith("seconds_")}
 
-def load_runs(*stores: Path | str,        # folders of run folders, relative ones below the project; none: the committed store
+def load_runs(*stores: Path | str,        # folders of run folders, relative: below the project; none: the committed one
               preset: str | None = None,  # only its rows
               ) -> pd.DataFrame:          # a row per finished run; `folder` is where its files are
-    "The finished runs of some stores. A run that is in several is counted once: the first is taken, with a warning where they differ."
+    """The finished runs of some stores.
+
+    A run that is in several is counted once: the first is taken, with a warning where they differ."""
     found = {}
     for store in stores or (RESULTS,):
         for row in read_store(project_root() / store):
             first = found.setdefault(row["key"], row)
             if what(first) == what(row): continue
-            warnings.warn(f"{row['folder']} is not counted: {first['folder']} has another result of the same run", stacklevel=2)
+            warnings.warn(f"{row['folder']} is not counted: {first['folder']} has another result of the same run",
+                          stacklevel=2)
     rows = [row for row in found.values() if preset in (None, row["preset"])]
     return pd.DataFrame(rows, columns=None if rows else [*REQUIRED, "iou_macro", "folder"])
 
@@ -156,7 +173,8 @@ def one_recipe(runs: pd.DataFrame) -> int | None: # the recipe; None without row
     return None if value is None else int(value)
 
 def one_kind(runs: pd.DataFrame) -> tuple[str | None, str | None]: # kind of device, number format; None without rows
-    "Raises what `one_of` raises, if the rows were computed on different kinds of device or in different number formats."
+    """Raises what `one_of` raises, if the rows were computed on different kinds of device or in different number
+    formats."""
     return tuple(one_of(runs, name, f"Choose with runs[runs[{name!r}] == ...]") for name in ("device", "dtype"))
 
 # %% ../nbs/07_study.ipynb #07-study-023
@@ -177,7 +195,8 @@ def store_files(folder: Path, files: dict[str, bytes]):
     with locked(folder):
         there = folder / "row.json"
         if there.exists() and there.read_bytes() != files["row.json"]:
-            raise FileExistsError(f"{folder} holds another result of this run, which is kept: delete it first if the new one is right")
+            raise FileExistsError(f"{folder} holds another result of this run, which is kept: delete it first if the "
+                                  f"new one is right")
         for name in FILES:
             if not there.exists() or not (folder / name).exists(): write_whole(folder / name, files[name])
     (folder / "lock").unlink(missing_ok=True)
@@ -186,7 +205,9 @@ def store_files(folder: Path, files: dict[str, bytes]):
 def publish(runs: pd.DataFrame | Iterable[RunConfig], # of `load_runs`, or configs of finished runs
             store: Path | str = RESULTS,              # where to; relative: below the project
             ) -> list[Path]:                          # their folders there
-    "Copy finished runs into a store. Raises FileExistsError, after all others are copied, naming runs of which it holds another result."
+    """Copy finished runs into a store.
+
+    Raises FileExistsError, after all others are copied, naming runs of which it holds another result."""
     stored = isinstance(runs, pd.DataFrame)
     folders = [Path(f) for f in runs["folder"]] if stored else [run_folder(resolve(c)) for c in runs]
     copies, refused = [], []
@@ -207,7 +228,8 @@ def configs_of(rows: Sequence[dict],           # what each row of a study says a
                ) -> list[RunConfig]:
     "The configs of a study."
     places = [dict(partition=p, fold=f) for p in partitions for f in folds]
-    return [RunConfig(preset=preset, encoder=encoder, **place, **row) for place in places for encoder in encoders for row in rows]
+    return [RunConfig(preset=preset, encoder=encoder, **place, **row) for place in places for encoder in encoders
+            for row in rows]
 
 def methods(*names: str, **same) -> list[dict]:
     "A row for each method; all other choices are the same."
@@ -216,14 +238,17 @@ def methods(*names: str, **same) -> list[dict]:
 # %% ../nbs/07_study.ipynb #07-study-027a
 AGAIN = 1000  # added to the default training seed for the second run of an A/A pair
 
-def noise_configs(preset: str, encoders: Sequence[str], folds: Sequence[int], partitions: Sequence[int] = (0,)) -> list[RunConfig]:
+def noise_configs(preset: str, encoders: Sequence[str], folds: Sequence[int],
+                  partitions: Sequence[int] = (0,)) -> list[RunConfig]:
     "A/A pairs of `baseline` and `dli`: the same fold and partition, another training seed."
     first = configs_of(methods("baseline", "dli"), preset, encoders, folds, partitions)
     return [config for c in first for config in (c, replace(c, seed=AGAIN + 5 * c.partition + c.fold))]
 
 # %% ../nbs/07_study.ipynb #07-study-029
-CHANGES = [("masks above 127", dict(threshold=127)), ("Dice per image", dict(dice="image")), ("exact region", dict(region="exact")),
-           ("label not grown", dict(grow_label=False)), ("source gradients", dict(mix_gradients=False)), ("uniform", dict(fill="uniform"))]
+CHANGES = [("masks above 127", dict(threshold=127)), ("Dice per image", dict(dice="image")),
+           ("exact region", dict(region="exact")),
+           ("label not grown", dict(grow_label=False)), ("source gradients", dict(mix_gradients=False)),
+           ("uniform", dict(fill="uniform"))]
 
 def settings(row: dict) -> dict:
     "The complete config of a study's row, without the method's name."
@@ -243,7 +268,8 @@ LADDER = ladder()
 
 # %% ../nbs/07_study.ipynb #07-study-032
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training part: Fig. 5
-AUTHORS = dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best", evaluations=20)
+AUTHORS = dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best",
+               evaluations=20)
 
 STUDIES = {name: partial(configs_of, rows) for name, rows in dict(
     table1=methods("baseline", "focal", "balanced", "wce", "lovasz", "tversky", "dli", "dli-all"),
@@ -354,7 +380,8 @@ class Child:
         "What stopped it, once it has ended; None when nothing did."
         try: return self.errors.recv()
         except EOFError: code = self.process.exitcode
-        return None if code == 0 else f"the process ended with exit code {code}" + (" (killed; short of memory?)" if code == -9 else "")
+        killed = " (killed; short of memory?)" * (code == -9)
+        return None if code == 0 else f"the process ended with exit code {code}{killed}"
 
 def start(config: RunConfig, threads: int) -> Child:
     "Start a run."
@@ -375,7 +402,8 @@ class Bar:
     def __init__(self, configs: Sequence[RunConfig], show: bool):
         self.ended, self.failed, self.runs, self.began = 0, 0, len(configs), sum(map(steps_done, configs))
         self.under_way = {c: steps_done(c) for c in configs}
-        self.bar = tqdm(total=sum(c.steps for c in configs), initial=self.began, desc=f"0 of {self.runs} runs", unit=" steps", smoothing=0, disable=not show)
+        self.bar = tqdm(total=sum(c.steps for c in configs), initial=self.began, desc=f"0 of {self.runs} runs",
+                        unit=" steps", smoothing=0, disable=not show)
 
     def look(self, configs: Iterable[RunConfig]):
         "Look how far these runs are."
@@ -390,7 +418,8 @@ class Bar:
         self.show()
 
     def show(self):
-        self.bar.set_description(f"{self.ended} of {self.runs} runs" + f", {self.failed} failed" * (self.failed > 0), refresh=False)
+        self.bar.set_description(f"{self.ended} of {self.runs} runs" + f", {self.failed} failed" * (self.failed > 0),
+                                 refresh=False)
         self.bar.update(sum(self.under_way.values()) - self.bar.n)
 
 # %% ../nbs/07_study.ipynb #07-study-048
@@ -440,7 +469,8 @@ def ray_cluster():
     Raises ImportError if Ray is not installed."""
     try: import ray
     except ImportError as e:
-        raise ImportError("engine='ray' needs Ray, which is not installed: pip install '.[ray]' in a clone of this project") from e
+        raise ImportError("engine='ray' needs Ray, which is not installed: pip install '.[ray]' in a clone of this "
+                          "project") from e
     connected = ray.is_initialized()
     if not connected: ray.init(log_to_driver=False)
     try: yield ray
@@ -451,7 +481,8 @@ def ray_task(ray, threads: int):
     "`run_elsewhere` as a Ray task, each in a process of its own."
     gpus = GPU_SHARE if ray.cluster_resources().get("GPU") else 0
     environment = dict(env_vars=dict(OMP_NUM_THREADS=str(threads)))
-    return ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=1, runtime_env=environment)(run_elsewhere)
+    return ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES, max_calls=1,
+                      runtime_env=environment)(run_elsewhere)
 
 def receive(ray, task, config: RunConfig) -> str | None: # what went wrong
     "Write the files that a task returned into the run's folder."
@@ -487,7 +518,8 @@ class FailedRuns(RuntimeError):
 
 def tidy(folder: Path):
     "Remove what a run that was killed in its last moment left beside its row."
-    for path in (*(folder / name for name in (*CHECKPOINTS, "lock")), *folder.glob("*.part")): path.unlink(missing_ok=True)
+    for path in (*(folder / name for name in (*CHECKPOINTS, "lock")), *folder.glob("*.part")):
+        path.unlink(missing_ok=True)
 
 def finished_runs(configs: Sequence[RunConfig], *stores: Path | str) -> pd.DataFrame:
     "The rows of these configs, resolved ones, in their order."
@@ -496,7 +528,7 @@ def finished_runs(configs: Sequence[RunConfig], *stores: Path | str) -> pd.DataF
 
 # %% ../nbs/07_study.ipynb #07-study-055
 def run_matrix(configs: Iterable[RunConfig],  # what is wanted
-               jobs: int | None = None,       # runs at a time; None: as many as there are cores for (Ray decides itself)
+               jobs: int | None = None,       # runs at a time; None: one per core (Ray decides itself)
                threads: int = 1,              # computing threads of each
                engine: str = "local",         # "local", or "ray"
                progress: bool = True,         # show a bar
@@ -543,7 +575,9 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
                    machines: Sequence[int] = (1, 2, 4, 8, 16),
                    jobs: int = 1,                  # runs at a time on each
                    ) -> pd.DataFrame:              # machines, hours, machine_hours
-    "What runs will take on so many machines. Raises ValueError naming the encoders and presets that were never measured."
+    """What runs will take on so many machines.
+
+    Raises ValueError naming the encoders and presets that were never measured."""
     seconds = {c: projected_seconds(c, measured) for c in configs}
     unknown = sorted({f"{c.encoder} at {c.preset}" for c, s in seconds.items() if s is None})
     if unknown:
@@ -555,13 +589,19 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
 
 # %% ../nbs/07_study.ipynb #07-study-067
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("dli-study", description="Train the runs of some studies that have no row yet. Stop it whenever you like; "
+    p = argparse.ArgumentParser("dli-study",
+                                description="Train the runs of some studies that have no row yet. Stop it whenever you "
+                                            "like; "
                                 "the same command continues.")
-    p.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{', '.join(STUDIES)}; or all")
+    p.add_argument("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY",
+                   help=f"{', '.join(STUDIES)}; or all")
     p.add_argument("--preset", default="study", choices=list(PRESETS))
-    p.add_argument("--encoders", nargs="+", default=["efficientnet_lite0"], choices=list(ENCODERS), metavar="ENCODER", help=", ".join(ENCODERS))
-    p.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="FOLD", help="of each partition (default: 0 1 2 3 4)")
-    p.add_argument("--partitions", nargs="+", type=int, default=[0], metavar="PARTITION", help="of the tiles into folds (default: 0)")
+    p.add_argument("--encoders", nargs="+", default=["efficientnet_lite0"], choices=list(ENCODERS), metavar="ENCODER",
+                   help=", ".join(ENCODERS))
+    p.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="FOLD",
+                   help="of each partition (default: 0 1 2 3 4)")
+    p.add_argument("--partitions", nargs="+", type=int, default=[0], metavar="PARTITION",
+                   help="of the tiles into folds (default: 0)")
     p.add_argument("--jobs", type=int, help="runs at a time on this machine (default: as many as it has cores for)")
     p.add_argument("--threads", type=int, default=1, help="computing threads of each run")
     p.add_argument("--engine", default="local", choices=list(ENGINES), help="ray: on all machines of a Ray cluster")

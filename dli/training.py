@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES', 'SELECT', 'INJECTION', 'WHOLE', 'NUMBERS',
-           'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'Method',
-           'Preset', 'RunConfig', 'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields',
-           'file_hash', 'check_same', 'resolve', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled',
-           'clean_share_after_dli', 'draw_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips',
-           'default_device', 'network_dtype', 'memory_format', 'DepthwiseFunction', 'Depthwise',
+           'FLAGS', 'KEY_DEFAULTS', 'DRAWN', 'MEAN', 'STD', 'WARM_STEPS', 'CHECKPOINT_SECONDS', 'CHECKPOINTS', 'NOTES',
+           'PLAIN_TEXT', 'Method', 'Preset', 'default_device', 'chosen_device', 'network_dtype', 'memory_format',
+           'RunConfig', 'check_names', 'check_method', 'default_fields', 'plain_fields', 'complete_fields', 'file_hash',
+           'check_same', 'resolve', 'run_content', 'run_key', 'run_name', 'chance', 'shuffled', 'clean_share_after_dli',
+           'draw_weights', 'drawn_indices', 'as_batch', 'normalise', 'random_flips', 'DepthwiseFunction', 'Depthwise',
            'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters',
            'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss',
            'run_injection', 'torch_dtype', 'run_model', 'learning_rate', 'loss_of_batch', 'train_step', 'batches',
-           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'advance',
-           'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions', 'made_by',
-           'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained', 'save_state',
-           'show_progress', 'fit', 'plot_curve', 'median_images', 'draw_outline', 'draw_regions', 'plot_predictions',
-           'save_pictures', 'pack_regions', 'clean_patches', 'with_patches', 'alarms_at_seams', 'project_root',
-           'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz',
-           'complete', 'read_row', 'run', 'load_model', 'notebook_config']
+           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'device_of',
+           'advance', 'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions',
+           'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained',
+           'save_state', 'show_progress', 'fit', 'legend_name', 'plot_curve', 'median_images', 'draw_outline',
+           'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches',
+           'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances',
+           'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -49,8 +50,8 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 import dli
-from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, load_dataset, resolve_dataset, show_samples,
-                   split_samples)
+from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, drawable, load_dataset, resolve_dataset,
+                   show_samples, split_samples)
 from .injection import CHOICES, DonorPool, DynamicLabelInjection, default_margin
 from .losses import Lovasz, SegmentationLoss, make_loss
 from .metrics import count_batch, counts_table, scores
@@ -113,6 +114,33 @@ PRESETS = {
     "paper": Preset(image_size=256, batch_size=64, steps=20_000, lr=5e-4, warmup=0.0, beta2=0.999, evaluations=20,
                     decoder=(128, 64, 32)),
 }
+
+# %% ../nbs/06_training.ipynb #06-training-048
+def default_device() -> torch.device:
+    "The GPU where there is one (CUDA, or Apple's), else the CPU."
+    if torch.cuda.is_available(): return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    "A device by its name; None: the default one. Raises ValueError for one that is not here."
+    if device is None: return default_device()
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f"device={device!r} can't be used here: {e}") from None
+    return torch.device(device)
+
+def network_dtype(device: torch.device) -> torch.dtype:
+    "bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs), else float32."
+    if device.type == "cuda": fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+    else: fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+def memory_format(encoder: str, device: torch.device) -> torch.memory_format:
+    "channels_last, but where it is known to crash (see `ENCODERS`) or brings nothing (Apple's GPU)."
+    safe = device.type == "cuda" or device.type == "cpu" and ENCODERS[encoder].channels_last_cpu
+    return torch.channels_last if safe else torch.contiguous_format
 
 # %% ../nbs/06_training.ipynb #06-training-012
 RECIPE = 4  # raised whenever a result could change; rows of different recipes are never mixed
@@ -265,12 +293,12 @@ def check_same(name: str, expected: str | None, found: str | None):
         raise ValueError(f"{name}={expected!r} in the config, {found!r} here: it was made for another {name}. "
                          f"Leave {name} out to use what is here")
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, device: str | torch.device | None = None) -> RunConfig:
     """The config with what only this machine knows: which dataset and number format "auto" means, the fingerprint of the
     data, the hash of a weights file. Raises ValueError where the config was made for other data or another file."""
     dataset = resolve_dataset(config.dataset)
     dtype = config.dtype
-    if dtype == "auto": dtype = str(network_dtype(default_device())).removeprefix("torch.")
+    if dtype == "auto": dtype = str(network_dtype(chosen_device(device))).removeprefix("torch.")
     data = data_fingerprint(dataset)
     weights_hash = None if config.weights in (None, "imagenet") else file_hash(config.weights)
     check_same("data", config.data, data)
@@ -320,7 +348,7 @@ def shuffled(n: int,          # number of training images
     "The batch of a step: each epoch is a new permutation, its incomplete last batch dropped."
     if batch_size > n: raise ValueError(f"batch_size={batch_size} is larger than the {n} training images: lower batch_size or raise fraction")
     epoch, place = divmod(step, n // batch_size)
-    return torch.randperm(n, generator=chance(seed, "order", epoch))[place * batch_size:][:batch_size]
+    return torch.randperm(n, generator=chance(seed, "order", epoch), device="cpu")[place * batch_size:][:batch_size]
 
 # %% ../nbs/06_training.ipynb #06-training-036
 def clean_share_after_dli(labels: np.ndarray, # (N,) 0 for clean images, 1..K for defective ones
@@ -341,7 +369,7 @@ def draw_weights(labels: np.ndarray, # (N,) 0 for clean images, 1..K for defecti
                  ) -> torch.Tensor:  # float64 (N,), sum 1
     "How often each image is drawn. Clean images are drawn as often as `dli` leaves them clean."
     clean, classes = clean_share_after_dli(labels, batch_size), np.unique(labels[labels > 0])
-    weight = torch.zeros(len(labels), dtype=torch.float64)
+    weight = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
     for k in classes: weight[labels == k] = (1 - clean) / len(classes) / (labels == k).sum()
     if draw == "share": weight[labels > 0] = (1 - clean) / (labels > 0).sum()
     if (labels == 0).any(): weight[labels == 0] = clean / (labels == 0).sum()
@@ -378,27 +406,11 @@ def random_flips(images: torch.Tensor,       # (B, C, H, W)
                  generator: torch.Generator, # on the CPU
                  ):
     "Horizontal and vertical flips, each with probability 0.5 and independently for every image: all methods have them."
-    flip = (torch.rand(2, len(images), generator=generator) < 0.5).to(images.device)
+    flip = (torch.rand(2, len(images), generator=generator, dtype=torch.float32, device="cpu") < 0.5).to(images.device)
     for axis, chosen in zip((-1, -2), flip):
         images = torch.where(chosen[:, None, None, None], images.flip(axis), images)
         masks = torch.where(chosen[:, None, None], masks.flip(axis), masks)
     return images, masks
-
-# %% ../nbs/06_training.ipynb #06-training-048
-def default_device() -> torch.device:
-    "The GPU where there is one, else the CPU."
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-def network_dtype(device: torch.device) -> torch.dtype:
-    "bfloat16 where the hardware computes in it (AVX512-BF16, AMX, recent GPUs), else float32."
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return torch.bfloat16 if has else torch.float32
-
-def memory_format(encoder: str, device: torch.device) -> torch.memory_format:
-    "channels_last, but where it is known to crash (see `ENCODERS`)."
-    safe = device.type != "cpu" or ENCODERS[encoder].channels_last_cpu
-    return torch.channels_last if safe else torch.contiguous_format
 
 # %% ../nbs/06_training.ipynb #06-training-050
 class DepthwiseFunction(torch.autograd.Function):
@@ -568,14 +580,14 @@ def torch_dtype(config: RunConfig) -> torch.dtype:
 def run_model(config: RunConfig, train: Samples, device: torch.device) -> nn.Module:
     "The network of a run (its config resolved); the decoder's initial weights depend on the seed alone."
     channels = 1 if train.images.ndim == 3 else 3
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(config.seed)
         model = lightweight_unet(config.encoder, classes=len(train.classes), weights=config.weights, channels=channels,
                                  decoder_channels=config.decoder)
     if device.type == "cpu":
         if torch_dtype(config) == torch.bfloat16: float32_depthwise_gradients(model)
         fold_decoder(slice_attention(model))
-    return model.to(device, memory_format=memory_format(config.encoder, device))
+    return model.float().to(device, memory_format=memory_format(config.encoder, device))
 
 def learning_rate(config: RunConfig, step: int) -> float:
     "Adam's rate at a step (counted from 0): linear warm-up, then a cosine to zero (Sec. 4.2)."
@@ -716,9 +728,9 @@ class Fit:
     source: str = ""                          # of the samples: a run goes on with those it began with
     graph: GraphStep | None = None          # the captured step, on a GPU
 
-def begin(config: RunConfig, train: Samples) -> Fit:
-    "A run before its first step."
-    config, device = resolve(config), default_device()
+def begin(config: RunConfig, train: Samples, device: str | torch.device | None = None) -> Fit:
+    "A run before its first step, on a device (None: the default one)."
+    config, device = resolve(config, device), chosen_device(device)
     model = run_model(config, train, device)
     rate = torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, config.beta2), fused=True,
@@ -734,16 +746,21 @@ def timed(seconds: dict, what: str):
     seconds[what] += time.perf_counter() - began
 
 # %% ../nbs/06_training.ipynb #06-training-088
+def device_of(model: nn.Module) -> torch.device:
+    "Where a network computes."
+    return next(model.parameters()).device
+
 def advance(done: Fit, loss: nn.Module, images: torch.Tensor, masks: torch.Tensor):
     "Take the next step of a run on a batch."
-    rate = learning_rate(done.config, done.step)
+    rate, device = learning_rate(done.config, done.step), device_of(done.model)
     with timed(done.seconds, "steps"):
-        if next(done.model.parameters()).is_cuda:
+        if device.type == "cuda":
             done.graph = done.graph or GraphStep(done.model, loss, done.optimizer, done.dtype, images, masks)
             done.graph(images, masks, rate)
         else:
             for group in done.optimizer.param_groups: group["lr"] = rate
-            done.losses.append(train_step(done.model, loss, done.optimizer, images, masks, done.dtype))
+            batch = images.to(device), masks.to(device)
+            done.losses.append(train_step(done.model, loss, done.optimizer, *batch, done.dtype))
     done.step += 1
 
 def settle(done: Fit):
@@ -810,6 +827,8 @@ def _version(name):
 CHECKPOINT_SECONDS = 60  # between checkpoints; there is one at each evaluation, too
 CHECKPOINTS = "checkpoint-0.safetensors", "checkpoint-1.safetensors"  # written in turn, so that the last good one is never overwritten
 
+NOTES = ("step", "losses", "curve", "seconds", "saves", "counts", "injected")  # beside the tensors
+
 def made_by(done: Fit) -> dict:
     "What a checkpoint must agree with to be continued: the config, the recipe, versions, and where the samples are from."
     config = {name: value for name, value in asdict(done.config).items() if name != "out"}
@@ -832,10 +851,16 @@ def read_checkpoint(path: Path, # of a checkpoint
     try:
         with safe_open(path, framework="pt") as file:
             notes, tensors = json.loads((file.metadata() or {})["run"]), {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, KeyError, ValueError) as e: raise ValueError(f"{path} can't be read as a checkpoint; is it truncated? ({e!r})") from e
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} can't be read as a checkpoint; is it truncated? ({e!r})") from e
+    lacking = [k for k in (*NOTES, "made_by") if not isinstance(notes, dict) or k not in notes]
+    if lacking: raise ValueError(f"{path} can't be read as a checkpoint: it lacks {', '.join(lacking)}")
     saved, own = notes["made_by"], made_by(done)
     differ = [f"{k}={saved.get(k)!r}, here {v!r}" for k, v in own.items() if saved.get(k) != v]
     if differ: raise ValueError(f"{path} is of another run or version: {'; '.join(differ)}")
+    own = {f"model.{name}": v.shape for name, v in done.model.state_dict().items()}
+    if own != {name: v.shape for name, v in tensors.items() if name.startswith("model.")}:
+        raise ValueError(f"{path} is of another run or version: its network has other tensors")
     return notes, tensors
 
 # %% ../nbs/06_training.ipynb #06-training-098
@@ -845,7 +870,7 @@ def restore(done: Fit, notes: dict, tensors: dict[str, torch.Tensor]):
     for name, p in done.model.named_parameters():
         own = {k.removeprefix(f"adam.{name}."): v for k, v in tensors.items() if k.startswith(f"adam.{name}.")}
         if own: done.optimizer.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) for k, v in own.items()}
-    best = {k.removeprefix("best."): v.to(default_device()) for k, v in tensors.items() if k.startswith("best.")}
+    best = {k.removeprefix("best."): v.to(device_of(done.model)) for k, v in tensors.items() if k.startswith("best.")}
     done.best = best or None
     for k in ("step", "losses", "curve", "seconds", "saves"): setattr(done, k, notes[k])
     if notes["counts"] is not None: done.counts = pd.DataFrame(notes["counts"])
@@ -900,9 +925,10 @@ def fit(config: RunConfig,
         val: Samples,
         progress: bool = True,       # show a bar
         folder: Path | None = None,  # where checkpoints and the curve are kept, and looked for; None: nowhere
+        device: str | torch.device | None = None,  # "cpu", "cuda", "mps"; None: the GPU where there is one
         ) -> Fit:
     "Train as `config` says. Raises FloatingPointError, naming step and rate, when the loss or a weight is not finite."
-    done, loss, stops = begin(config, train), run_loss(config, train), evaluation_steps(config)
+    done, loss, stops = begin(config, train, device), run_loss(config, train), evaluation_steps(config)
     if folder is not None: resume(done, folder)
     saved = time.perf_counter()
     zero = saved - done.seconds["total"]
@@ -923,13 +949,27 @@ def fit(config: RunConfig,
     return done
 
 # %% ../nbs/06_training.ipynb #06-training-117
-def plot_curve(curve: pd.DataFrame, classes: tuple[str, ...]):
-    "Training loss, and validation IoU per class with its mean in black, over the steps. Returns the figure."
+PLAIN_TEXT = {"text.parse_math": False}  # names are shown as they are: a $ in one is no formula
+
+def legend_name(name: str) -> str:
+    "A name as a legend shows it: matplotlib leaves out those that begin with an underscore."
+    return drawable(f" {name}" if name.startswith("_") else name)
+
+@plt.rc_context(PLAIN_TEXT)
+def plot_curve(
+    curve: pd.DataFrame,  # an entry per evaluation, as in `curve.csv`
+    classes: tuple[str, ...],  # class names
+) -> Figure:
+    "Training loss, and validation IoU per class with its mean in black, over the steps."
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    left.plot(curve["step"], curve["loss"], "k.-"); left.set(xlabel="step", ylabel="training loss")
-    for k, c in enumerate(classes): right.plot(curve["step"], curve[f"iou_{c}"].astype(float), ".-", color=f"C{k + 1}", label=c, alpha=0.7)
+    left.plot(curve["step"], curve["loss"], "k.-")
+    left.set(xlabel="step", ylabel="training loss")
+    for k, c in enumerate(classes):
+        values = curve[f"iou_{c}"].astype(float)
+        right.plot(curve["step"], values, ".-", color=f"C{k + 1}", label=legend_name(c), alpha=0.7)
     right.plot(curve["step"], curve["iou_macro"].astype(float), "k.-", label="mean", linewidth=2)
-    right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1)); right.legend(fontsize=8, ncol=2)
+    right.set(xlabel="step", ylabel="validation IoU", ylim=(0, 1))
+    right.legend(fontsize=8, ncol=2)
     return figure
 
 # %% ../nbs/06_training.ipynb #06-training-119
@@ -966,6 +1006,7 @@ def draw_regions(
     draw_outline(ax, mask)
 
 # %% ../nbs/06_training.ipynb #06-training-120
+@plt.rc_context(PLAIN_TEXT)
 def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, dtype: torch.dtype = torch.float32):
     "The median image of every class and the first clean one: the true regions, and below the predicted ones. Returns the figure."
     index = median_images(counts, samples.classes) + list(np.flatnonzero(samples.clean)[:1])
@@ -975,18 +1016,22 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
         image, mask = samples.images[i], samples.masks[i]
         draw_regions(above, image, np.zeros_like(mask), np.stack([mask == k + 1 for k in range(len(samples.classes))]))
         draw_regions(below, image, mask, regions)
-        above.set_title(f"{samples.table['class'][i]}\n{samples.table['name'][i]}", fontsize=7)
-    handles = [Patch(color=f"C{k + 1}", label=c) for k, c in enumerate(samples.classes)]
-    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title="truth above, prediction below, with the truth's outline", title_fontsize=7)
+        above.set_title(drawable(f"{samples.table['class'][i]}\n{samples.table['name'][i]}"), fontsize=7)
+    handles = [Patch(color=f"C{k + 1}", label=legend_name(c)) for k, c in enumerate(samples.classes)]
+    figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title_fontsize=7,
+                  title="truth above, prediction below, with the truth's outline")
     return figure
 
 # %% ../nbs/06_training.ipynb #06-training-122
 def save_pictures(done: Fit, val: Samples, folder: Path):
-    "Draw `curve.png` and `predictions.png` into the folder."
-    curve, predictions = plot_curve(pd.DataFrame(done.curve), val.classes), plot_predictions(done.model, val, done.counts, done.dtype)
-    for name, figure in (("curve.png", curve), ("predictions.png", predictions)):
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
+    "Draw `curve.png` and `predictions.png` into the folder. A picture that can't be drawn is named in a warning: it never costs a row."
+    drawn = {"curve.png": lambda: plot_curve(pd.DataFrame(done.curve), val.classes),
+             "predictions.png": lambda: plot_predictions(done.model, val, done.counts, done.dtype)}
+    for name, draw in drawn.items():
+        before = set(plt.get_fignums())
+        try: draw().savefig(folder / name, dpi=110)
+        except Exception as e: warnings.warn(f"{folder / name} is not drawn: {e!r}", stacklevel=2)
+        for number in set(plt.get_fignums()) - before: plt.close(number)
 
 # %% ../nbs/06_training.ipynb #06-training-124
 def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.float32) -> np.ndarray: # uint8 (N, K, H, W / 8)
@@ -1001,7 +1046,8 @@ def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.
 def clean_patches(train: Samples, seed: int) -> Samples:
     "The defects' outlines, each over a random clean training image: donors cut from these have the shape of a defect and nothing in it."
     clean = train.images[train.clean]
-    chosen = torch.randint(len(clean), ((~train.clean).sum(),), generator=chance(seed, "patches", 0)).numpy()
+    defects = int((~train.clean).sum())
+    chosen = torch.randint(len(clean), (defects,), generator=chance(seed, "patches", 0), device="cpu").numpy()
     return replace(train[~train.clean], images=clean[chosen])
 
 def with_patches(train: Samples, val: Samples, seed: int, p_poisson: float) -> Samples:
@@ -1027,7 +1073,7 @@ def project_root() -> Path:
     here = Path.cwd()
     for folder in [here, *here.parents]:
         settings = folder / "settings.ini"
-        if settings.is_file() and "lib_name = dli" in settings.read_text(): return folder
+        if settings.is_file() and "lib_name = dli" in settings.read_text(encoding="utf-8", errors="replace"): return folder
     return here
 
 def run_folder(config: RunConfig) -> Path:
@@ -1054,7 +1100,7 @@ def run_circumstances(done: Fit) -> dict:
     "Where, when and how fast a run was trained."
     seconds = {f"seconds_{k}": round(v, 2) for k, v in done.seconds.items()}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return seconds | dict(threads=torch.get_num_threads(), device=default_device().type, versions=versions(),
+    return seconds | dict(threads=torch.get_num_threads(), device=device_of(done.model).type, versions=versions(),
                           commit=code_commit(), finished=now)
 
 def make_row(done: Fit, train: Samples, val: Samples) -> dict:
@@ -1084,11 +1130,11 @@ def as_npz(**arrays: np.ndarray) -> bytes:
     np.savez_compressed(file, **arrays)
     return file.getvalue()
 
-def complete(config: RunConfig, folder: Path, progress: bool):
+def complete(config: RunConfig, folder: Path, progress: bool, device: torch.device):
     "Train, from where it was left, and write what a finished run leaves; the row last."
     write_whole(folder / "config.json", json.dumps(asdict(config) | dict(recipe=RECIPE), indent=1).encode())
     train, val = run_samples(config)
-    done = fit(config, train, val, progress, folder)
+    done = fit(config, train, val, progress, folder, device)
     save_pictures(done, val, folder)
     write_whole(folder / "counts.csv", done.counts.to_csv(index=False).encode())
     write_whole(folder / "regions.npz", as_npz(name=done.counts["name"].to_numpy(str), regions=pack_regions(done.model, val, done.dtype)))
@@ -1098,21 +1144,22 @@ def complete(config: RunConfig, folder: Path, progress: bool):
 def read_row(folder: Path) -> dict:
     "The row of a finished run. Raises ValueError where it is damaged: it is never overwritten."
     try: return json.loads((folder / "row.json").read_text())
-    except ValueError as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
 
 # %% ../nbs/06_training.ipynb #06-training-142
 def run(config: RunConfig,      # what to do
         progress: bool = True,  # show a bar, and in the first line which fold, partition and seed it is
+        device: str | torch.device | None = None,  # "cpu", "cuda", "mps"; None: the GPU where there is one
         ) -> dict:              # the row
     """Train, score, and leave a row in `run_folder(config)`. A run that was interrupted is continued, one that is finished
     not repeated: its row is read."""
-    config = resolve(config)
+    config, device = resolve(config, device), chosen_device(device)
     folder = run_folder(config)
     place = f"fold {config.fold} of partition {config.partition}, training seed {config.seed}"
     if progress: print(f"{config.method} on {config.dataset}, {place}: {folder.name}")
     if not (folder / "row.json").exists():
         with locked(folder):
-            if not (folder / "row.json").exists(): complete(config, folder, progress)
+            if not (folder / "row.json").exists(): complete(config, folder, progress, device)
     row = read_row(folder)
     if not isinstance(row, dict) or row.get("key") != run_key(config):
         raise ValueError(f"{folder / 'row.json'} is not the row of this run (key {run_key(config)}): delete it to train again")
@@ -1120,11 +1167,11 @@ def run(config: RunConfig,      # what to do
     return row
 
 # %% ../nbs/06_training.ipynb #06-training-146
-def load_model(config: RunConfig, train: Samples) -> nn.Module:
-    "The trained network of a finished run, on the CPU or GPU. Raises FileNotFoundError before the run is finished."
+def load_model(config: RunConfig, train: Samples, device: str | torch.device | None = None) -> nn.Module:
+    "The trained network of a finished run, on a device (None: the default one). Raises FileNotFoundError before the run is finished."
     path = run_folder(config) / "model.safetensors"
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected the weights of a finished run; call run(config) first")
-    model = run_model(replace(resolve(config), weights=None, weights_hash=None), train, default_device())
+    model = run_model(replace(resolve(config), weights=None, weights_hash=None), train, chosen_device(device))
     model.load_state_dict(load_file(path))
     return model
 

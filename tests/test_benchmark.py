@@ -2,11 +2,14 @@
 import json
 import subprocess
 import sys
+import unicodedata
+import warnings
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,9 +113,10 @@ def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(fold=5), "fold=5: expected one of None, 0"),
-    (dict(partition=4), "partition=4: expected one of 0, 1, 2, 3"),
-    (dict(protocol="random"), "protocol='random': expected one of tile, image")])
+    (dict(fold=5), r"expected a fold in 0\.\.4, got 5"),
+    (dict(partition=-1), "expected a partition >= 0, a whole number, got -1"),
+    (dict(fold=1, partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
+    (dict(protocol="random"), "unknown protocol 'random': expected one of tile, image")])
 def test_unknown_choices_are_refused(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message): score(tmp_path, samples=TILES, **wrong)
 
@@ -182,6 +186,118 @@ def test_other_folds_may_lie_beside(predicted):
     folder, _ = predicted
     write(folder, TILES.masks, TILES.table["name"])
     assert score(folder, 1, samples=TILES)["iou_macro"] == 1 and len(score_counts(folder, samples=TILES)) == len(TILES)
+
+
+# ---- own samples ----------------------------------------------------------------------------------------------------------
+
+def own(names=None, size=(9, 14), channels=0, **columns):
+    "Thirty images that are not square: five parts of a class, of another and clean ones, two photographs each."
+    kinds = np.arange(30) // 10
+    masks = np.zeros((30, *size), np.uint8)
+    masks[:, 2:5, 3:8] = kinds[:, None, None]
+    names = [f"{i:03}" for i in range(30)] if names is None else names
+    table = pd.DataFrame({"name": names, "class": np.array(["Free", "A", "B"])[kinds], "tile": np.arange(30) // 2, "exposure": 1,
+                          "width": size[1], "height": size[0], "usable": True}).assign(**columns)
+    images = np.zeros((30, *size, *[channels] * (channels > 0)), np.uint8)
+    return Samples(images, masks, table, ("A", "B"), "own")
+
+
+def write_as(folder, masks, files):
+    for file, mask in zip(files, masks):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(folder / file, "PNG")
+    return folder
+
+
+@pytest.mark.parametrize("channels", [0, 1, 3])
+@pytest.mark.parametrize("size", [(9, 14), (14, 9), (9, 200)])
+@pytest.mark.parametrize("fold, partition, protocol", [(None, 0, "tile"), (2, 0, "tile"), (1, 9, "image")])
+def test_own_samples_of_any_shape(tmp_path, size, channels, fold, partition, protocol):
+    samples = own(size=size, channels=channels)
+    folder = write(tmp_path / "m", samples.masks, samples.table["name"])
+    result = score(folder, fold, partition, protocol, samples)
+    assert result["iou_macro"] == result["iou_of_images_B"] == 1 and result["clean_alarm"] == 0
+
+
+def test_own_masks_of_the_photographs_own_shape(tmp_path):
+    samples = own(width=42, height=18)
+    folder = write(tmp_path / "m", samples.masks.repeat(2, axis=1).repeat(3, axis=2), samples.table["name"])
+    assert score(folder, samples=samples)["iou_macro"] == 1
+    with pytest.raises(BadPredictions, match="expected 14 x 9 or 42 x 18 pixels, got 9 x 14"):
+        score(write(tmp_path / "t", samples.masks.transpose(0, 2, 1), samples.table["name"]), samples=samples)
+
+
+NAMES = {
+    "spaces": "part {} of 3", "dots": "v1.2.{}", "suffix": "{}.png", "upper": "{}.PNG", "hidden": ".{}", "comma": "a,{}", "quote": '"{}"',
+    "accent": "caf\u00e9 {}", "korean": "\ud55c\uae00 {}", "glob": "[{}]*?", "folder": "Crack/{}", "deep": "a/b.c/{}", "dollar": "${}$", "colon": "12:{}"}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".Png"])
+def test_names_that_people_use(tmp_path, kind, form, suffix):
+    names = [NAMES[kind].format(f"{i:03}") for i in range(30)]
+    other = "NFD" if form == "NFC" else "NFC"
+    samples = own([unicodedata.normalize(form, n) for n in names])
+    folder = write_as(tmp_path, samples.masks, [unicodedata.normalize(other, n) + suffix for n in names])
+    assert score(folder, samples=samples)["iou_macro"] == score(folder, 3, samples=samples)["iou_macro"] == 1
+
+
+def test_names_that_differ_in_their_folder_alone(tmp_path):
+    samples = own([f"{k}/{i:03}" for k in "abc" for i in range(10)])
+    masks = samples.masks.copy()
+    masks[10:12] = 0  # a/000 and a/001 would do for b/000 and b/001 otherwise
+    folder = write_as(tmp_path, masks, [f"{n}.png" for n in samples.table["name"]])
+    assert score(folder, samples=samples)["iou_A"] == 0.8
+    (folder / "b/000.png").rename(folder / "000.png")
+    with pytest.raises(BadPredictions, match="(?s)b/000.png: missing.*000.png: unknown"): score(folder, samples=samples)
+
+
+def test_files_in_folders_are_not_looked_at_where_no_name_holds_one(tmp_path):
+    samples = own()
+    folder = write_as(tmp_path, samples.masks, [f"{n}.png" for n in samples.table["name"]])
+    write_as(tmp_path / "overlays", samples.masks[:2] * 0, ["000.png", "x.png"])
+    assert score(folder, samples=samples)["iou_macro"] == 1
+
+
+def test_two_files_for_one_name_are_named(tmp_path):
+    samples = own(["caf\u00e9", *(f"{i:03}" for i in range(1, 30))])
+    folder = write_as(tmp_path, samples.masks, [f"{n}.png" for n in samples.table["name"]])
+    write_as(tmp_path, samples.masks[:2], ["cafe\u0301.png", "001.PNG"])
+    with pytest.raises(BadPredictions, match="(?s)2 problems.*: expected one file, got .* and .*001.png: expected one file, got 001.PNG and 001.png"):
+        score(folder, samples=samples)
+
+
+def test_hidden_files_beside_the_masks_are_harmless(tmp_path):
+    samples = own()
+    folder = write_as(tmp_path, samples.masks, [f"{n}.png" for n in samples.table["name"]])
+    for name in (".DS_Store", "._000.png"): (folder / name).write_bytes(b"x")
+    assert score(folder, samples=samples)["iou_macro"] == 1
+
+
+def test_usable_as_numbers_scores_the_same(tmp_path):
+    found = np.where(np.arange(30)[:, None, None] < 12, own().masks, 0).astype(np.uint8)
+    folder = write(tmp_path / "m", found, own().table["name"])
+    scores = [score(folder, samples=own(usable=usable)) for usable in (True, 1, 1.0)]
+    assert scores[0] == scores[1] == scores[2] and scores[0]["iou_A"] == 0.2
+
+
+def test_a_missing_class_is_named(tmp_path):
+    samples = own(usable=np.arange(30) < 20)
+    folder = write(tmp_path / "m", samples.masks, samples.table["name"])
+    with pytest.warns(UserWarning, match="the dataset has no usable image of B: iou_macro"): score(folder, samples=samples)
+    with pytest.raises(ValueError, match="5 folds need at least 5 tiles .* got {'B': 0}"): score(folder, 0, samples=samples)
+    with pytest.raises(ValueError, match="the dataset has no usable image: there is nothing to score"):
+        score(folder, samples=own(usable=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(folder, samples=own())
+
+
+def test_a_part_numbered_minus_one_stays_in_the_table():
+    samples = own(tile=np.arange(30) // 2 - 1)
+    table = fold_table(samples)
+    assert table["tile"].tolist() == samples.table["tile"].tolist() and table["tile_0"].notna().all()
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------------
@@ -270,4 +386,5 @@ def test_command_refuses_wrong_usage(words, capsys):
 def test_read_mask_resizes_to_the_nearest(tmp_path):
     mask = np.arange(6, dtype=np.uint8).repeat(4).reshape(1, 24).repeat(12, 0)
     Image.fromarray(mask).save(tmp_path / "m.png")
-    assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, 6) == np.arange(6)).all()
+    assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, (6, 6)) == np.arange(6)).all()
+    assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, (3, 12)) == np.arange(6).repeat(2)).all()

@@ -1,8 +1,11 @@
 """Properties and faults of dli.data: folds, tiles, verification, download, synthetic tiles."""
 import http.server
+import multiprocessing
 import re
 import threading
 import time
+import unicodedata
+import warnings
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -274,8 +277,8 @@ def test_fingerprint_of_auto_is_refused():
 # ---- download -------------------------------------------------------------------------------------------------------------
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` on the loopback; may break off after `cut` bytes, ignore ranges, or refuse with `status`."""
-    content, cut, ranges, status = b"", None, True, None
+    """Serves `content` on the loopback; may break off after `cut` bytes, ignore ranges, refuse with `status`, or be slow."""
+    content, cut, ranges, status, pause = b"", None, True, None, 0
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -291,6 +294,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(server.status or (416 if start and not body else 206 if start else 200))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        time.sleep(server.pause)
         self.wfile.write(body[:server.cut])
 
     def log_message(self, *args): pass
@@ -316,10 +320,15 @@ def part_file():
     return data.cache_folder().with_name("magnetic-tiles.zip.part")
 
 
+def left_behind():
+    """What lies beside the cache, but for the lock."""
+    return sorted(p.name for p in data.cache_folder().parent.iterdir() if p.suffix != ".lock")
+
+
 def test_download_is_verified_and_cached(server):
     samples = data.magnetic_tiles(size=16)
     assert len(samples) == 18 and data.cache_folder().is_dir() and server.asked == [None]
-    assert sorted(p.name for p in data.cache_folder().parent.iterdir()) == ["magnetic-tiles"]
+    assert left_behind() == ["magnetic-tiles"]
     assert len(data.load_dataset("auto", size=16)) == 18 and len(server.asked) == 1
 
 
@@ -362,7 +371,7 @@ def test_stale_part_is_found_out_and_dropped(server):
 def test_truncated_zip_without_length_is_an_error(server):
     server.content = server.content[:200_000]
     with pytest.raises(data.DownloadError, match="not a zip file"): data.magnetic_tiles(size=16)
-    assert not any(data.cache_folder().parent.iterdir())
+    assert not left_behind()
 
 
 @pytest.mark.parametrize("status", [404, 500])
@@ -373,6 +382,7 @@ def test_refusing_server_falls_back_only_under_auto(server, status, capsys):
     assert samples.source == "synthetic" and "SYNTHETIC DATA" in capsys.readouterr().out
     with pytest.warns(UserWarning, match="SYNTHETIC DATA"): assert data.resolve_dataset("auto") == "synthetic"
     assert "SYNTHETIC DATA" in capsys.readouterr().out and data.resolve_dataset("magnetic-tiles") == "magnetic-tiles"
+    with pytest.raises(data.DownloadError, match=str(status)): data.resolve_dataset("auto", fallback=False)
 
 
 def test_unreachable_host_says_where_to_put_the_folder(server, monkeypatch):
@@ -388,24 +398,81 @@ def test_damaged_download_never_reaches_the_cache(server, small):
         for path in small.rglob("*"): zipped.write(path, Path("repo-master") / path.relative_to(small))
     server.content = archive.read_bytes()
     with pytest.raises(data.DamagedDataset, match="The zip from .*(.|\n)*1 problem"): data.load_dataset("auto", size=16)
-    assert not any(data.cache_folder().parent.iterdir())
+    assert not left_behind()
 
 
 @pytest.mark.parametrize("name", ["repo/../../evil.txt", "/evil.txt", "repo\\..\\..\\evil.txt", "C:/evil.txt", "../evil.txt"])
-def test_zip_that_leaves_the_folder_is_refused(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
-        zipped.writestr("repo/good.txt", "good")
-        zipped.writestr(name, "evil")
-    with pytest.raises(data.DamagedDataset, match="lead out of the folder, nothing was unpacked.*evil"):
-        data.unpack(tmp_path / "evil.zip", tmp_path / "into")
-    assert [p.name for p in tmp_path.rglob("*")] == ["evil.zip"]
+def test_zip_that_leads_outside_stays_in_the_folder(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped: zipped.writestr(name, "evil")
+    data.unpack(tmp_path / "evil.zip", tmp_path / "deep" / "into")
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "evil.zip"]
+    assert len(files) == 1 and files[0].is_relative_to(tmp_path / "deep" / "into")
 
 
-def test_zip_with_a_link_is_refused(tmp_path):
+def test_zip_with_a_link_makes_no_link(tmp_path):
     link = zipfile.ZipInfo("repo/link")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped: zipped.writestr(link, "/etc")
-    with pytest.raises(data.DamagedDataset): data.unpack(tmp_path / "evil.zip", tmp_path / "into")
+    data.unpack(tmp_path / "evil.zip", tmp_path / "into")
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
+def test_zip_bomb_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "UNPACKED_MOST", 2**20)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
+        for k in range(3): zipped.writestr(f"repo/{k}", bytes(400_000))
+    assert (tmp_path / "bomb.zip").stat().st_size < 5000
+    with pytest.raises(data.DamagedDataset, match="at most 1,048,576 bytes when unpacked, got 1,200,000; nothing was"):
+        data.unpack(tmp_path / "bomb.zip", tmp_path / "into")
+    assert not (tmp_path / "into").exists()
+
+
+def test_zip_bomb_is_an_error_under_auto(server, monkeypatch):
+    monkeypatch.setattr(data, "UNPACKED_MOST", 1000)
+    with pytest.raises(data.DamagedDataset, match="nothing was unpacked"): data.resolve_dataset("auto")
+    assert not left_behind()
+
+
+@pytest.mark.parametrize("name", ["auto", "magnetic-tiles"])
+def test_a_download_that_broke_off_is_an_error(server, name):
+    server.cut = 250_000
+    for _ in range(1 + (name == "auto")):
+        with pytest.raises(data.BrokenDownload, match="interrupted download resumes"): data.load_dataset(name, size=32)
+        server.status, server.cut = 500, 0
+    server.status = server.cut = None
+    assert data.load_dataset(name, size=32).source == "magnetic-tiles"
+
+
+def fetch_and_count(results):
+    results.put(len(data.magnetic_tiles(size=16)))
+
+
+def test_several_processes_download_once(server):
+    server.pause = 0.5
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=fetch_and_count, args=(results,)) for _ in range(3)]
+    for process in processes: process.start()
+    assert [results.get(timeout=60) for _ in processes] == [18] * 3 and server.asked == [None]
+    for process in processes: process.join()
+
+
+def test_the_next_process_tries_again_after_one_that_failed(server):
+    server.pause, server.cut = 0.5, 250_000
+    failures = []
+
+    def fail():
+        try: data.magnetic_tiles(size=16)
+        except data.DownloadError as error: failures.append(error)
+        server.cut = None
+
+    first = threading.Thread(target=fail)
+    first.start()
+    time.sleep(0.2)
+    waiting = threading.Thread(target=lambda: failures.append(len(data.magnetic_tiles(size=16))))
+    waiting.start()
+    first.join(), waiting.join()
+    assert isinstance(failures[0], data.BrokenDownload) and data.cache_folder().is_dir() and not part_file().exists()
 
 
 @given(parts=st.lists(st.sampled_from(["..", "a", "b.jpg", ".", "...", "MT_Free"]), min_size=2, max_size=6))
@@ -447,14 +514,15 @@ def test_indexing_by_mask_slice_and_number(synthetic):
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: dict(images=s.images.astype(float)), r"images: expected uint8 .* got float64"),
-    (lambda s: dict(images=s.images[..., None]), r"images: expected uint8 \(N, H, W\)"),
-    (lambda s: dict(masks=s.masks[:-1]), r"masks: expected uint8 \(200, 32, 32\) like the images"),
-    (lambda s: dict(masks=s.masks.astype(int)), r"masks: expected uint8 .* got int64"),
-    (lambda s: dict(classes=s.classes[:2]), r"masks: expected values 0..2 .* got 5"),
+    (lambda s: dict(images=s.images[:, None]), r"images: expected uint8 \(N, H, W\).*channels come last"),
+    (lambda s: dict(images=s.images[..., None].repeat(4, -1)), r"images: .*one channel \(grey\) or three"),
+    (lambda s: dict(masks=s.masks[:-1]), r"table: expected 199 rows, one per image \(masks\), got 200"),
+    (lambda s: dict(masks=s.masks[:, :-1]), r"masks: expected whole numbers \(200, 32, 32\) like the images"),
+    (lambda s: dict(classes=s.classes[:2]), r"table: expected the classes .* got also \['Crack', 'Fray', 'Uneven'\]"),
     (lambda s: dict(table=s.table[:-1]), r"table: expected 200 rows"),
     (lambda s: dict(table=s.table.drop(columns="tile")), r"missing \['tile'\]"),
     (lambda s: dict(table=s.table.replace("Crack", "Rust")), r"got also \['Rust'\]"),
-    (lambda s: dict(table=s.table.assign(**{"class": "Free"})), r"Free images have no defect pixels, but \d+ do: \['synthetic_0_exp"),
+    (lambda s: dict(table=s.table.assign(**{"class": "Free"})), r"Free images have no defect pixels, but \d+ do: 'synthetic_0_exp"),
 ])
 def test_samples_refuse_what_does_not_fit(synthetic, change, message):
     with pytest.raises(ValueError, match=message): rebuilt(synthetic, **change(synthetic))
@@ -464,6 +532,305 @@ def test_samples_take_colour(synthetic):
     colour = rebuilt(synthetic, images=np.repeat(synthetic.images[..., None], 3, -1))
     assert colour[:5].images.shape == (5, 32, 32, 3)
     data.show_samples(colour, [0, 100], titles=["a", "b"])
+
+
+CLASSES_TWO = ("A", "B")
+
+
+def own(size=(12, 20), channels=0, per=2, parts=5):
+    """A small data set of one's own: `parts` parts of A, of B and clean ones, `per` photographs of each, not square."""
+    rows, masks = [], []
+    for kind in range(3):
+        for part in range(parts):
+            for view in range(per):
+                masks.append(np.zeros(size, np.uint8))
+                masks[-1][2:6, 3:9] = kind
+                rows.append({"name": f"{kind}{part}{view}", "class": ("Free", *CLASSES_TWO)[kind], "tile": parts * kind + part,
+                             "exposure": 1, "width": size[1], "height": size[0], "usable": True})
+    images = np.random.default_rng(0).integers(0, 256, (len(masks), *size, *([channels] * (channels > 0))), np.uint8)
+    return dict(images=images, masks=np.stack(masks), table=pd.DataFrame(rows), classes=CLASSES_TWO, source="own")
+
+
+def made(**changes):
+    """Samples of `own`; columns of the table are given as `table_<column>`."""
+    fields = own()
+    columns = {k.removeprefix("table_"): changes.pop(k) for k in list(changes) if k.startswith("table_")}
+    return data.Samples(**fields | dict(table=fields["table"].assign(**columns)) | changes)
+
+
+def fill(values, i, value):
+    values = list(values)
+    values[i] = value
+    return values
+
+
+def altered(array, i, value):
+    array = array.copy()
+    array[i] = value
+    return array
+
+
+OWN = own()
+IMAGES, MASKS, TABLE = OWN["images"], OWN["masks"], OWN["table"]
+SAME = {  # different ways to give the same samples
+    "lists": dict(images=list(IMAGES), masks=MASKS.tolist(), classes=list(CLASSES_TWO)),
+    "one channel": dict(images=IMAGES[..., None], masks=MASKS[..., None]),
+    "masks with a channel": dict(masks=MASKS[:, None]),
+    "mirrored views": dict(images=np.ascontiguousarray(IMAGES[:, ::-1])[:, ::-1], masks=np.ascontiguousarray(MASKS[..., ::-1])[..., ::-1]),
+    "other order": dict(images=np.asfortranarray(IMAGES), masks=np.asfortranarray(MASKS)),
+    "every second": dict(images=IMAGES.repeat(2, 2)[:, :, ::2]),
+    "int64 masks": dict(masks=MASKS.astype(np.int64)),
+    "float masks": dict(masks=MASKS.astype(np.float32)),
+    "big endian masks": dict(masks=MASKS.astype(">i4")),
+    "usable 1": dict(table_usable=1),
+    "usable 1.0": dict(table_usable=1.0),
+    "usable objects": dict(table_usable=pd.Series([True] * 30, dtype=object)),
+    "usable nullable": dict(table_usable=pd.array([True] * 30, "boolean")),
+    "float parts": dict(table_tile=TABLE["tile"].astype(float)),
+    "object parts": dict(table_tile=TABLE["tile"].astype(object)),
+    "nullable parts": dict(table_tile=pd.array(TABLE["tile"], "Int64")),
+    "categories": {f"table_{c}": pd.Categorical(TABLE[c]) for c in ("name", "class", "tile")},
+    "nullable text": {f"table_{c}": pd.array(TABLE[c], "string") for c in ("name", "class")},
+    "nullable numbers": dict(table_width=pd.array([20] * 30, "Int32"), table_height=pd.array([12.0] * 30, "Float64")),
+    "float sizes": dict(table_width=20.0, table_height=12.0),
+    "another index": dict(table=TABLE.set_index(np.arange(30)[::-1] * 7)),
+    "another column": dict(table_note=np.nan),
+}
+
+
+@pytest.mark.parametrize("way", SAME)
+def test_samples_are_the_same_whichever_way_they_are_given(way):
+    expected, found = made(), made(**SAME[way])
+    for name in ("images", "masks"):
+        array = getattr(found, name)
+        assert (array == getattr(expected, name)).all() and array.dtype == np.uint8
+        assert array.flags.c_contiguous and array.flags.writeable
+    table = found.table[list(data.TABLE_COLUMNS)]
+    pd.testing.assert_frame_equal(table.astype({"name": object, "class": object}), expected.table.astype({"name": object, "class": object}))
+    assert found.usable.dtype == bool and table["usable"].dtype == bool and table["tile"].dtype.kind == "i"
+    assert data.split_samples(found)[1].table["name"].tolist() == data.split_samples(expected)[1].table["name"].tolist()
+
+
+def test_read_only_arrays_are_copied():
+    images, masks = IMAGES.copy(), MASKS.copy()
+    for array in (images, masks): array.flags.writeable = False
+    samples = made(images=images, masks=masks)
+    assert samples.images.flags.writeable and samples.masks.flags.writeable
+
+
+def test_the_callers_table_and_arrays_stay_as_they_are():
+    fields = own()
+    before = fields["table"].copy()
+    fields["table"] = fields["table"].assign(usable=1, tile=fields["table"]["tile"].astype(float))
+    kept = fields["table"].copy()
+    data.Samples(**fields)
+    assert fields["table"].equals(kept) and own()["table"].equals(before)
+
+
+REFUSED = {
+    "usable as text": (dict(table_usable=np.where(np.arange(30) % 2, "True", "False")), "usable to be True or False, got 'False'.*'000'"),
+    "usable with a gap": (dict(table_usable=fill([1.0] * 30, 3, np.nan)), "usable to be True or False, got nan for '011'"),
+    "usable with NA": (dict(table_usable=pd.array(fill([True] * 30, 3, None), "boolean")), "usable.* for '011'"),
+    "usable 2": (dict(table_usable=2), "usable to be True or False, got 2"),
+    "usable None": (dict(table_usable=None), "usable to be True or False"),
+    "names repeat": (dict(table_name=[f"{i % 10:03}" for i in range(30)]), "each name once, 30 images share.*'000', '001'.*folder/000"),
+    "names repeat in NFD": (dict(table_name=fill(fill(TABLE["name"], 0, "caf\u00e9"), 1, "cafe\u0301")), "each name once, 2 images"),
+    "name empty": (dict(table_name=fill(TABLE["name"], 4, "")), "a name for each image, got '' in row 4"),
+    "name missing": (dict(table_name=fill(TABLE["name"], 4, None)), "a name for each image, got .* in row 4"),
+    "name a number": (dict(table_name=fill(TABLE["name"], 4, 1.5)), "a name for each image, got 1.5 in row 4"),
+    "name NA": (dict(table_name=pd.array(fill(TABLE["name"], 4, None), "string")), "a name for each image, got <NA> in row 4"),
+    "class NA": (dict(table_class=pd.array(fill(TABLE["class"], 12, None), "string")), "classes .* got also .* for '110'"),
+    "part NA": (dict(table_tile=pd.array(fill(TABLE["tile"], 12, None), "Int64")), "part .* of 1 images is unknown: '110'"),
+    "name above": (dict(table_name=fill(TABLE["name"], 4, "../a")), "names like 'a' or 'folder/a', got '../a'"),
+    "name of the root": (dict(table_name=fill(TABLE["name"], 4, "/a")), "got '/a'"),
+    "name of a folder": (dict(table_name=fill(TABLE["name"], 4, "a/")), "got 'a/'"),
+    "name with backslash": (dict(table_name=fill(TABLE["name"], 4, "a\\b")), "names like 'a' or 'folder/a'"),
+    "part missing": (dict(table_tile=fill(TABLE["tile"].astype(float), 5, np.nan)), "part .* of 1 images is unknown: '021'"),
+    "part None": (dict(table_tile=fill(["p"] * 30, 5, None)), "part .* of 1 images is unknown: '021'"),
+    "part empty": (dict(table_tile=fill(["p"] * 30, 5, "")), "part .* of 1 images is unknown: '021'"),
+    "part a fraction": (dict(table_tile=0.5), "text or a whole number, got 0.5"),
+    "part infinite": (dict(table_tile=np.inf), "text or a whole number, got inf"),
+    "part a truth": (dict(table_tile=True), "text or a whole number, got True"),
+    "part 1 and '1'": (dict(table_tile=fill([1] * 30, 5, "1")), "all numbers or all text"),
+    "width 0": (dict(table_width=0), "the photograph's width in pixels, got 0"),
+    "height a gap": (dict(table_height=fill([12.0] * 30, 2, np.nan)), "the photograph's height in pixels, got nan for '010'"),
+    "class contradicts": (dict(table_class=TABLE["class"].replace({"A": "B"})), "10 do not: '100'.*is of class 'B' and shows \\['A'\\]"),
+    "classes swapped": (dict(classes=CLASSES_TWO[::-1]), "expected every image to show its class, 20 do not: '100'"),
+    "class a gap": (dict(table_class=TABLE["class"].where(TABLE.index != 12)), "classes .* got also .*nan.* for '110'"),
+    "class unknown": (dict(table_class=TABLE["class"].replace({"A": "a"})), "got also \\['a'\\] for '100'"),
+    "class with a space": (dict(table_class=TABLE["class"].replace({"A": "A "})), "got also \\['A '\\] for '100'"),
+    "class twice": (dict(classes=("A", "B", "A")), "each name once, got 'A' more than once"),
+    "Free a class": (dict(classes=("A", "B", "Free")), "'Free' names the images without a defect"),
+    "class empty": (dict(classes=("A", "B", "")), "text that is not empty, got ''"),
+    "class a number": (dict(classes=("A", "B", 3)), "text that is not empty, got 3"),
+    "class missing": (dict(classes=("A", "B", np.nan)), "text that is not empty, got nan"),
+    "class called macro": (dict(classes=("A", "B", "macro")), "iou_macro, so no class can be 'macro'"),
+    "class called micro": (dict(classes=("A", "B", "micro")), "iou_micro"),
+    "class called of_images": (dict(classes=("A", "B", "of_images_A")), "iou_of_images_A"),
+    "class called just of_images": (dict(classes=("A", "B", "of_images")), "iou_of_images"),
+    "no classes": (dict(classes=()), "1 to 255 names, got 0"),
+    "defect empty": (dict(masks=altered(MASKS, 12, 0)), "a defect in each usable image of a defect class, none in '110'"),
+    "clean marked": (dict(masks=altered(MASKS, 3, 1)), "Free images have no defect pixels, but 1 do: '011'"),
+    "mask 255": (dict(masks=altered(MASKS, (12, 0), 255)), "values 0..2, got 255 in '110'; 255 is white"),
+    "mask 3": (dict(masks=altered(MASKS, (12, 0), 3)), "values 0..2, got 3 in '110'; write 0 for no defect and 1..2"),
+    "mask 256": (dict(masks=altered(MASKS.astype(int), (12, 0), 256)), "values 0..2, got 256 in '110'"),
+    "mask negative": (dict(masks=altered(MASKS.astype(np.int8), (12, 0), -1)), "values 0..2, got -1 in '110'"),
+    "mask of ToTensor": (dict(masks=MASKS.astype(np.float32) / 255), r"got 0.00392157 in .*that is 1 / 255: ToTensor"),
+    "mask a fraction": (dict(masks=altered(MASKS.astype(float), (12, 0), 0.5)), "got 0.5 in '110'"),
+    "mask NaN": (dict(masks=altered(MASKS.astype(float), (12, 0), np.nan)), "got nan in '110'"),
+    "mask one-hot": (dict(masks=np.stack([MASKS == 1, MASKS == 2], 1)), r"like the images.*argmax\(1\)"),
+    "mask of another size": (dict(masks=MASKS[:, :6]), r"like the images, got uint8 \(30, 6, 20\)"),
+    "mask turned": (dict(masks=MASKS.transpose(0, 2, 1)), r"like the images, got uint8 \(30, 20, 12\)"),
+    "mask one short": (dict(masks=list(MASKS)[:-1]), "table: expected 29 rows"),
+    "images of two sizes": (dict(images=[*IMAGES[:-1], IMAGES[-1, :8]]), r"one size, got \(12, 20\) for '000' and \(8, 20\) for '241'"),
+    "images 0..1": (dict(images=IMAGES / 255), r"got float64 .*np.rint\(255 \* images\)"),
+    "images 0..255": (dict(images=IMAGES.astype(np.float32)), r"got float32 .*np.rint\(images\)"),
+    "images 16 bit": (dict(images=IMAGES.astype(np.uint16) * 16), r"got uint16 .*high - low"),
+    "images black and white": (dict(images=IMAGES > 99), r"got bool .*np.uint8\(255\)"),
+    "images of paths": (dict(images=[f"{i}.png" for i in range(30)]), "got <U.*read the files"),
+    "images of one picture": (dict(images=IMAGES[0]), "table: expected 12 rows"),
+    "no images": (dict(images=IMAGES[:0], masks=MASKS[:0], table=TABLE[:0]), "at least one image"),
+    "no pixels": (dict(images=IMAGES[:, :0], masks=MASKS[:, :0]), "and pixels in it"),
+    "a column twice": (dict(table=pd.concat([TABLE, TABLE[["tile"]]], axis=1)), "each column once, got .*tile"),
+}
+REFUSED_TYPES = {
+    "classes as text": (dict(classes="AB"), "a list of names.* got 'AB'"),
+    "classes as a set": (dict(classes={"A", "B"}), "a list of names"),
+    "classes as a dict": (dict(classes={"A": 1, "B": 2}), "a list of names"),
+    "a list of rows": (dict(table=TABLE.to_dict("records")), "expected a DataFrame"),
+    "masked masks": (dict(masks=np.ma.masked_equal(MASKS, 2)), r"masks: .*\.filled\(0\)"),
+    "masked images": (dict(images=[np.ma.masked_equal(i, 9) for i in IMAGES]), r"images: .*\.filled\(0\)"),
+    "masks as text": (dict(masks=MASKS.astype(str)), "masks: expected whole numbers"),
+    "no array": (dict(images=None), "images: expected an array"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_samples_refuse_what_could_give_a_wrong_number(fault):
+    changes, message = REFUSED[fault]
+    with pytest.raises(ValueError, match=f"(?s){message}"): made(**changes)
+
+
+@pytest.mark.parametrize("fault", REFUSED_TYPES)
+def test_samples_refuse_other_types(fault):
+    changes, message = REFUSED_TYPES[fault]
+    with pytest.raises(TypeError, match=message): made(**changes)
+
+
+def test_usable_zero_and_one_is_what_false_and_true_are():
+    flags = np.arange(30) % 3 > 0
+    kinds = (flags, flags.astype(int), flags.astype(float), pd.array(flags, "boolean"))
+    assert all(made(table_usable=kind).usable.tolist() == flags.tolist() for kind in kinds)
+
+
+def test_a_column_altered_later_is_looked_at_again():
+    samples = made()
+    samples.table["usable"] = 1
+    assert samples.usable.dtype == bool and len(data.split_samples(samples)[1]) == 6
+    samples.table["usable"] = "False"
+    with pytest.raises(ValueError, match="usable to be True or False"): data.split_samples(samples)
+    samples = made()
+    samples.table["tile"] = samples.table["tile"].where(samples.table.index > 3)
+    with pytest.raises(ValueError, match="part .* of 4 images is unknown"): data.split_samples(samples)
+
+
+def test_a_defect_lost_in_the_resize_is_said_and_taken():
+    masks = altered(MASKS, 12, 0)
+    with pytest.warns(UserWarning, match="the defect of 1 usable images is lost at this size: '110'"):
+        samples = made(masks=masks, table_width=200, table_height=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "110" not in names(samples[:11]) and not made(masks=masks, table_usable=TABLE.index != 12).masks[12].any()
+
+
+def test_an_image_may_show_several_classes():
+    samples = made(masks=altered(MASKS, (slice(10, 12), 0), 2))
+    table = data.dataset_table(samples)
+    assert table["images"].tolist() == [10, 10, 12] and table["tiles"].tolist() == [5, 5, 6]
+    assert table.loc["A", "area"] == pytest.approx(100 * 24 / 240) and table.loc["B", "area"] == pytest.approx(100 * (10 * 24 + 2 * 20) / 240 / 12)
+
+
+def test_indexing_gives_arrays_that_pytorch_takes():
+    samples = made()
+    for idx in (slice(None, None, -1), slice(0, 9, 2), [3, 1], samples.usable, 4):
+        part = samples[idx]
+        assert part.images.flags.c_contiguous and part.masks.flags.c_contiguous and part.table.index.tolist() == list(range(len(part)))
+    with pytest.raises(IndexError): samples[[[1, 2], [3, 4]]]
+    with pytest.raises(IndexError): samples["000"]
+
+
+@pytest.mark.parametrize("channels", [0, 1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (7, 90), (90, 7), (64, 64)])
+def test_any_shape_is_split_and_shown(size, channels):
+    fields = own(size, channels)
+    fields["masks"] = np.broadcast_to((np.arange(30) // 10).astype(np.uint8)[:, None, None], (30, *size))
+    samples = data.Samples(**fields)
+    train, val = data.split_samples(samples)
+    assert len(val) == 6 and len(train) == 24 and data.dataset_table(samples)["area"][1:].tolist() == [100, 100]
+    if min(size) > 1: data.show_samples(samples, slice(0, 2))
+
+
+TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=12)
+CLASS = TEXT.filter(lambda c: c not in ("macro", "micro", "Free") and not c.startswith("of_images"))
+NAME = TEXT.filter(lambda n: not set(n) & set("/\\\0"))
+PART = st.one_of(st.sampled_from(["001", "1", "NA", "nan", "1e3", "True", "-1", " 1", "1.0"]), TEXT)
+
+
+@given(st.lists(CLASS, min_size=2, max_size=2, unique=True), st.lists(NAME, min_size=30, max_size=30, unique_by=data.same_name),
+       st.lists(PART, min_size=15, max_size=15, unique=True))
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_a_class_a_name_and_a_part(classes, texts, parts):
+    kinds = TABLE["class"].replace(dict(zip(CLASSES_TWO, classes)))
+    samples = made(classes=classes, table_class=kinds, table_name=texts, table_tile=np.repeat(np.array(parts, object), 2))
+    assert samples.table["name"].tolist() == texts and list(data.dataset_table(samples).index) == ["Free", *classes]
+    train, val = data.split_samples(samples)
+    assert not set(train.table["tile"]) & set(val.table["tile"])
+    for table in (samples.table, train.table, val.table):
+        again = data.read_table(data.csv_bytes(table))
+        assert all(again[c].tolist() == table[c].tolist() for c in data.TABLE_COLUMNS)
+
+
+@pytest.mark.parametrize("text", ["a$\\frac$", "$", "_a", "\udce9", "\x07", "a\nb", "\u65b0", ""])
+def test_pictures_show_any_text(text):
+    samples = made(table_tile=[f"{text}{i // 2}" for i in range(30)], table_class=TABLE["class"].replace({"A": f"{text}A"}), classes=(f"{text}A", "B"))
+    data.show_samples(samples, slice(9, 12)).canvas.draw()
+    data.show_samples(samples, [0], titles=[text]).canvas.draw()
+
+
+# ---- tables on disk -------------------------------------------------------------------------------------------------------
+
+def test_a_table_of_the_magnetic_tiles_is_written_as_before():
+    index = data.read_index()
+    assert data.csv_bytes(index) == index.to_csv(index=False, lineterminator="\n").encode()
+    assert index.equals(pd.read_csv(Path(data.__file__).with_name("magnetic_tiles.csv")))
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, st.one_of(PART, st.just("")), st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 2**40)), min_size=1), CLASS)
+@settings(max_examples=300, deadline=None)
+def test_text_is_read_back_as_it_was(rows, kind):
+    table = pd.DataFrame(rows, columns=["name", "class", "tile", f"p_{kind}", f"tp_{kind}"])
+    table["tile"] = table["tile"].astype(object)
+    again = data.read_table(data.csv_bytes(table))
+    assert list(again.columns) == list(table.columns)
+    for column in ("name", "class", "tile", f"tp_{kind}"): assert again[column].tolist() == table[column].tolist()
+    assert np.allclose(again[f"p_{kind}"], table[f"p_{kind}"], rtol=1e-15, atol=0)
+
+
+@given(st.lists(st.integers(-2**62, 2**62), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_whole_numbers_stay_parts_that_are_numbers(tiles):
+    table = pd.DataFrame({"name": [f"{i}" for i in range(len(tiles))], "class": "A", "tile": tiles})
+    tiles = data.read_table(data.csv_bytes(table))["tile"].tolist()
+    assert list(map(str, tiles)) == list(map(str, table["tile"])) and (max(map(abs, table["tile"])) >= 10**18 or tiles == table["tile"].tolist())
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_of_other_programs(tmp_path, end):
+    text = end.join(["name,class,tile,tp_A,fold", "001,NA,007,1,", "a\rb" * (end == "\n") + "c,null,x,2,3", ""])
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    table = data.read_table(tmp_path / "t.csv")
+    assert table["name"].tolist()[0] == "001" and table["class"].tolist() == ["NA", "null"] and table["tile"].tolist() == ["007", "x"]
+    assert list(table.columns)[0] == "name" and table["fold"].isna().tolist() == [True, False] and table["tp_A"].tolist() == [1, 2]
 
 
 # ---- the index ------------------------------------------------------------------------------------------------------------
@@ -618,7 +985,9 @@ def test_keep_empty_adds_images_and_takes_none_away(awkward, clean_validation, *
 def test_a_defect_lost_at_the_working_size_trains_only_with_keep_empty(synthetic, protocol):
     masks = synthetic.masks.copy()
     masks[lost := np.flatnonzero(~synthetic.clean)[0]] = 0
-    samples, name = rebuilt(synthetic, masks=masks), synthetic.table["name"][lost]
+    with pytest.warns(UserWarning, match="lost at this size"):
+        samples = rebuilt(synthetic, masks=masks, table=synthetic.table.assign(width=64))
+    name = synthetic.table["name"][lost]
     for fold in range(5):
         (train, val), (more, same) = (data.split_samples(samples, protocol, fold, keep_empty=k) for k in (False, True))
         assert name not in names(train) and (name in names(more)) != (name in names(val)) and names(val) == names(same)
@@ -655,6 +1024,8 @@ def test_fraction_counts_tiles(synthetic):
     (dict(fold=5), r"expected a fold in 0\.\.4, got 5; for other folds, choose another partition"),
     (dict(fold=1.0), r"expected a fold in 0\.\.4, got 1\.0"),
     (dict(fold=None), r"expected a fold in 0\.\.4, got None"),
+    (dict(fold=True), r"expected a fold in 0\.\.4, got True"),
+    (dict(partition=True), "expected a partition >= 0, a whole number, got True"),
     (dict(partition=-1), "expected a partition >= 0, a whole number, got -1"),
     (dict(partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
 ])
@@ -662,6 +1033,57 @@ def test_wrong_split_arguments(synthetic, arguments, message):
     with pytest.raises(ValueError, match=message): data.split_samples(synthetic, **arguments)
     if "fraction" in arguments: return
     with pytest.raises(ValueError, match=message): data.held_out(synthetic, **dict(protocol="tile", fold=0) | arguments)
+
+
+def several_classes(seed):
+    """Parts that show several classes each, so that they cannot always be dealt evenly."""
+    rng, rows, masks = np.random.default_rng(seed), [], []
+    for part in range(rng.integers(6, 14)):
+        for k in rng.choice(4, size=rng.integers(1, 4), replace=False):
+            for view in range(rng.integers(1, 8)):
+                masks.append(np.zeros((16, 16), np.uint8))
+                masks[-1][4:8, 4:8] = k
+                rows.append((f"{part}-{k}-{view}", ("Free", "Ast", "Bug", "Cut")[k], part, view, 16, 16, True))
+    table = pd.DataFrame(rows, columns=list(data.TABLE_COLUMNS))
+    return data.Samples(np.zeros((len(rows), 16, 16), np.uint8), np.stack(masks), table, ("Ast", "Bug", "Cut"), "own")
+
+
+@given(seed=st.integers(0, 2000), **SPLITS)
+@settings(max_examples=150, deadline=None)
+def test_a_class_that_a_side_lacks_is_named(seed, protocol, fold, partition):
+    samples = several_classes(seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try: train, val = data.split_samples(samples, protocol, fold, partition)
+        except ValueError as error:
+            assert re.search("at least 5 tiles|validates no image at all", str(error))
+            return
+    said = {side: " ".join(str(w.message) for w in caught if side in str(w.message)) for side in ("validates", "trains")}
+    for side, part in zip(("validates", "trains"), (val, train)):
+        absent = set(samples.table["class"]) - set(part.table["class"])
+        assert all(kind in said[side] for kind in absent) and bool(said[side]) == bool(absent)
+
+
+@given(seed=st.integers(0, 2000), kinds=st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_rarest_class_by_hand(seed, kinds):
+    rng = np.random.default_rng(seed)
+    members = np.zeros((20, kinds + 1), bool)
+    for row in members: row[rng.choice(kinds + 1, rng.integers(1, kinds + 2), replace=False)] = True
+    counts, found = members.sum(0), data.rarest_class(members)
+    for row, k in zip(members, found): assert row[k] and counts[k] == counts[row].min() and k == np.flatnonzero(row & (counts == counts[k]))[0]
+
+
+def test_an_image_is_stratified_by_its_rarest_class():
+    """Ten images of A of which five show B, too: every fold validates B, though the table says A."""
+    masks = (np.arange(30) // 10).astype(np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    masks[20:] = 0
+    masks[10:20:2, :4] = 2
+    table = TABLE.assign(name=[f"{i:02}" for i in range(30)], tile=range(30), width=8, height=8, **{"class": ["Free"] * 10 + ["A"] * 10 + ["Free"] * 10})
+    samples = data.Samples(masks, masks, table, CLASSES_TWO, "own")
+    for partition in range(4):
+        folds = [data.split_samples(samples, fold=fold, partition=partition)[1] for fold in range(5)]
+        assert [(val.masks == 2).any((1, 2)).sum() for val in folds] == [1] * 5
 
 
 def test_too_few_tiles_are_named(synthetic):

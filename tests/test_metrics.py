@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 
 from dli import metrics
-from dli.data import FREE, synthetic_tiles
-from dli.metrics import alarm_scores, alarm_threshold, count_batch, counts_table, iou_scores, pooled_iou, scores
+from dli.data import FREE, csv_bytes, read_table, synthetic_tiles
+from dli.metrics import (
+    Counts, alarm_scores, alarm_threshold, compare, count_batch, counts_table, iou_scores, pooled_iou, scores, tile_counts)
 
 CLASSES = ["A", "B", "C"]
 seeds = st.integers(0, 2**31 - 1)
@@ -32,7 +33,8 @@ def example(seed, n=6, size=8, k=3):
     classes = torch.randint(0, k + 1, (n,), generator=g)
     masks = (torch.rand(n, size, size, generator=g) < 0.3) * classes[:, None, None]
     logits = torch.randn(n, k, size, size, generator=g) - 1
-    table = pd.DataFrame({"name": [f"i{i}" for i in range(n)], "class": [[FREE, *CLASSES][c] for c in classes], "tile": range(n)})
+    table = pd.DataFrame({"name": [f"i{i}" for i in range(n)], "class": [[FREE, *CLASSES][c] for c in classes],
+                          "tile": range(n)})
     return logits, masks, table
 
 
@@ -55,7 +57,8 @@ def test_counts_by_loops(seed):
             expected = [(said & true).sum(), (said & ~true).sum(), (~said & true).sum()]
             assert [counts.tp[i, k], counts.fp[i, k], counts.fn[i, k]] == expected
             assert counts.p_max[i, k] == logits[i, k].sigmoid().max()
-    assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64 and counts.p_max.dtype == torch.float32 and counts.pixels == 64
+    assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64
+    assert counts.p_max.dtype == torch.float32 and counts.pixels == 64
 
 
 @given(seeds, st.sampled_from([torch.uint8, torch.int32]))
@@ -99,7 +102,8 @@ def test_pooled_counts_are_those_of_one_large_image(seed):
     table = counted(logits, masks, table)
     for kind in ("tp", "fp", "fn"):
         assert table[[f"{kind}_{c}" for c in CLASSES]].sum().tolist() == getattr(joined, kind)[0].tolist()
-    assert pooled_iou(table, CLASSES) == pooled_iou(counts_table(pd.DataFrame({"name": ["j"], "class": ["A"], "tile": [0]}), joined, CLASSES), CLASSES)
+    assert pooled_iou(table, CLASSES) == pooled_iou(counts_table(pd.DataFrame({"name": ["j"], "class": ["A"],
+                                                                               "tile": [0]}), joined, CLASSES), CLASSES)
 
 
 @given(seeds)
@@ -107,15 +111,56 @@ def test_pooled_counts_are_those_of_one_large_image(seed):
 def test_csv_repeats_the_table_exactly(seed):
     logits, masks, table = example(seed)
     table = counted(logits * 8, masks, table)
-    again = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    again = read_table(csv_bytes(table))
     assert again.equals(table) and scores(again, CLASSES) == scores(table, CLASSES)
+    assert again.equals(pd.read_csv(io.StringIO(table.to_csv(index=False))))
+
+
+TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=8) | st.sampled_from(["001", "NA", "nan", "1", "None", "1e3", " a "])
+CLASS = TEXT.filter(lambda c: c not in ("macro", "micro", "Free") and not c.startswith("of_images"))
+
+
+@given(st.lists(CLASS, min_size=2, max_size=3, unique=True), st.data())
+@settings(max_examples=60, deadline=None)
+def test_counts_of_any_names_are_read_back_the_same(classes, given):
+    n = given.draw(st.integers(1, 6))
+    names = given.draw(st.lists(TEXT, min_size=n, max_size=n, unique=True))
+    parts = given.draw(st.lists(TEXT, min_size=n, max_size=n) | st.lists(st.integers(-10**9, 10**9), min_size=n, max_size=n))
+    kinds = given.draw(st.lists(st.sampled_from([*classes, "Free"]), min_size=n, max_size=n))
+    counts = Counts(*torch.randint(0, 9, (3, n, len(classes))), torch.rand(n, len(classes)), 64)
+    table = counts_table(pd.DataFrame({"name": names, "class": kinds, "tile": parts}), counts, classes)
+    again = read_table(csv_bytes(table))
+    assert list(again.columns) == list(table.columns) and all(again[c].tolist() == table[c].tolist() for c in table)
+    assert scores(again, classes) == scores(table, classes) and len(scores(table, classes)) == 5 + 2 * len(classes)
+    assert tile_counts(again, classes).to_dict() == tile_counts(table, classes).to_dict()
+
+
+def test_an_image_of_several_classes_counts_under_each():
+    known = pd.DataFrame({"name": ["a", "b", "c"], "class": ["A", "A", "Free"], "tile": [0, 1, 2]})
+    tp, fp = torch.tensor([[4, 1], [2, 0], [0, 0]]), torch.zeros(3, 2, dtype=torch.long)
+    fn = torch.tensor([[0, 3], [2, 0], [0, 0]])
+    found = scores(counts_table(known, Counts(tp, fp, fn, torch.rand(3, 2), 64), ["A", "B"]), ["A", "B"])
+    assert found["iou_of_images_A"] == 7 / 12 and found["iou_of_images_B"] == 5 / 8
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda t: t.assign(tile=t["tile"].where(t.index != 2)), "1 have an unknown tile: '"),
+    (lambda t: t.assign(name=t["name"].where(t.index != 2, t["name"].iloc[0])), "1 have a name that repeats: '")])
+def test_unknown_tiles_and_repeated_names_are_no_pairs(spoil, message):
+    table = counted(*example(0))
+    for pair in ((spoil(table), table), (table, spoil(table)), (spoil(table), spoil(table))):
+        with pytest.raises(ValueError, match=message): compare([pair[0]], [pair[1]], CLASSES, times=10)
+    if "tile" in message:
+        defective = spoil(table).assign(**{"class": CLASSES[0]})
+        with pytest.raises(ValueError, match="expected the tile of each image"): tile_counts(defective, CLASSES)
 
 
 def test_the_table_of_samples():
     tiles = synthetic_tiles(n=60, size=64, seed=0)
     masks = torch.from_numpy(tiles.masks)
     table = counts_table(tiles.table, count_batch(perfect(masks, 5), masks), tiles.classes)
-    assert list(table.columns[:4]) == ["name", "class", "tile", "pixels"] and table["name"].tolist() == tiles.table["name"].tolist()
+    assert list(table.columns[:4]) == ["name", "class", "tile", "pixels"]
+    assert table["name"].tolist() == tiles.table["name"].tolist()
     assert scores(table, tiles.classes)["iou_macro"] == 1
 
 
@@ -137,7 +182,8 @@ def test_agreement_with_sklearn(seed):
     for c in CLASSES:
         some = torch.tensor((table["class"] == c).to_numpy())
         if not some.any(): continue
-        assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T, average="micro"))
+        assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T,
+                                                                           average="micro"))
 
 
 @given(seeds)
@@ -145,7 +191,8 @@ def test_agreement_with_sklearn(seed):
 def test_scores_are_in_bounds_flat_and_json(seed):
     logits, masks, table = example(seed)
     result = scores(counted(logits, masks, table), CLASSES)
-    assert set(result) == {"iou_macro", "iou_micro", "clean_alarm", "auroc_image", "alarm_at_95", *(f"iou_{c}" for c in CLASSES), *(f"iou_of_images_{c}" for c in CLASSES)}
+    assert set(result) == {"iou_macro", "iou_micro", "clean_alarm", "auroc_image", "alarm_at_95",
+                           *(f"iou_{c}" for c in CLASSES), *(f"iou_of_images_{c}" for c in CLASSES)}
     assert all(v is None or type(v) is float and 0 <= v <= 1 for v in result.values())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -194,7 +241,8 @@ def test_false_alarms_on_clean_images_do_not_lower_the_iou():
 def test_predicting_another_class_costs_both():
     masks, table = all_kinds()
     result = scores(counted(perfect(masks)[:, [1, 0, 2]], masks, table), CLASSES)
-    assert (result["iou_A"], result["iou_B"], result["iou_C"]) == (0, 0, 1) and result["iou_macro"] == pytest.approx(1 / 3)
+    assert (result["iou_A"], result["iou_B"], result["iou_C"]) == (0, 0, 1)
+    assert result["iou_macro"] == pytest.approx(1 / 3)
 
 
 # Undefined
@@ -228,14 +276,17 @@ def test_only_clean_images():
 
 # Alarms
 
-@pytest.mark.parametrize("pixels, region, alarm", [(10_000, 1, 0), (10_000, 2, 1), (65_536, 13, 0), (65_536, 14, 1), (128**2, 3, 0), (128**2, 4, 1)])
+@pytest.mark.parametrize("pixels, region, alarm", [(10_000, 1, 0), (10_000, 2, 1), (65_536, 13, 0), (65_536, 14, 1),
+                                                   (128**2, 3, 0), (128**2, 4, 1)])
 def test_the_smallest_region_that_alarms(pixels, region, alarm):
-    table = pd.DataFrame({"class": [FREE], "pixels": pixels, "tp_A": 0, "fp_A": region, "fn_A": 0, "p_A": 0.9, "tp_B": 0, "fp_B": 1, "fn_B": 0, "p_B": 0.9})
+    table = pd.DataFrame({"class": [FREE], "pixels": pixels, "tp_A": 0, "fp_A": region, "fn_A": 0, "p_A": 0.9,
+                          "tp_B": 0, "fp_B": 1, "fn_B": 0, "p_B": 0.9})
     assert alarm_scores(table, ["A", "B"])["clean_alarm"] == alarm
 
 
 def test_regions_of_two_classes_are_not_added():
-    table = pd.DataFrame({"class": [FREE], "pixels": 10_000} | {f"{kind}_{c}": [n] for c in "AB" for kind, n in dict(tp=0, fp=1, fn=0, p=0.9).items()})
+    table = pd.DataFrame({"class": [FREE], "pixels": 10_000}
+                         | {f"{kind}_{c}": [n] for c in "AB" for kind, n in dict(tp=0, fp=1, fn=0, p=0.9).items()})
     assert alarm_scores(table, ["A", "B"])["clean_alarm"] == 0
 
 
@@ -279,7 +330,8 @@ def test_nan_and_infinity():
 
 def test_a_column_that_is_missing_is_named():
     logits, masks, table = example(0)
-    with pytest.raises(ValueError, match="missing .'tp_Fray'"): scores(counted(logits, masks, table), [*CLASSES, "Fray"])
+    with pytest.raises(ValueError, match="missing .'tp_Fray'"):
+        scores(counted(logits, masks, table), [*CLASSES, "Fray"])
 
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
@@ -295,7 +347,8 @@ def fold_tables(draw, folds=3, methods=2):
     for fold in range(folds):
         n = 12
         kinds = np.array(["A", "A", "B", "B", "C", "C", *rng.choice([*CLASSES3, FREE], n - 6)])
-        base = pd.DataFrame({"name": [f"{fold}-{i}" for i in range(n)], "class": kinds, "tile": fold * 100 + rng.integers(0, 6, n), "pixels": 4096})
+        base = pd.DataFrame({"name": [f"{fold}-{i}" for i in range(n)], "class": kinds,
+                             "tile": fold * 100 + rng.integers(0, 6, n), "pixels": 4096})
         for tables in result:
             counts = {f"{kind}_{c}": rng.integers(0, 50, n) for kind in ("tp", "fp", "fn") for c in CLASSES3}
             tables.append(base.assign(**counts, **{f"p_{c}": rng.random(n) for c in CLASSES3}))
@@ -336,20 +389,24 @@ def test_resamples_keep_the_number_of_tiles_of_each_class(kinds, seed):
 
 
 def test_a_tile_of_several_classes_is_of_its_most_frequent():
-    table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2], **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
+    table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2],
+                          **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
     assert metrics.tile_counts(table, CLASSES3)["class"].to_dict() == {1: "B", 2: "A"}
 
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda b: b[:-1], "expected as many folds on both sides, at least one, got 3 and 2"),
-    (lambda b: [b[0].iloc[1:], *b[1:]], r"fold 0: expected the same images on both sides, 1 are on one only: \['0-0'\]"),
+    (lambda b: [b[0].iloc[1:], *b[1:]],
+     r"fold 0: expected the same images on both sides, 1 are on one only: \['0-0'\]"),
     (lambda b: [b[0], b[1].assign(tile=5), b[2]], "fold 1: class, tile or size of .* images differ"),
     (lambda b: [b[0], b[1], b[2].assign(pixels=1)], "fold 2: class, tile or size of 12 images differ"),
 ])
 def test_compare_refuses_other_images(spoil, message):
     rng = np.random.default_rng(0)
-    base = lambda f: pd.DataFrame({"name": [f"{f}-{i}" for i in range(12)], "class": rng.choice(list(CLASSES3), 12), "tile": np.arange(12) + 20 * f, "pixels": 4096,
-                                   **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn") for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
+    base = lambda f: pd.DataFrame({"name": [f"{f}-{i}" for i in range(12)], "class": rng.choice(list(CLASSES3), 12),
+                                   "tile": np.arange(12) + 20 * f, "pixels": 4096,
+                                   **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn")
+                                      for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
     a = [base(f) for f in range(3)]
     with pytest.raises(ValueError, match=message): metrics.compare(a, spoil([t.copy() for t in a]), CLASSES3, times=10)
 
@@ -360,8 +417,10 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
 
     def study(n):
         area, shared = rng.integers(50, 400, n), rng.normal(0, 1, n)
-        found = [np.round(area / (1 + np.exp(-shared - shift - rng.normal(0, 0.7, n)))).astype(int) for shift in (0.6, 0.2)]
-        base = pd.DataFrame({"name": np.arange(n).astype(str), "class": "A", "tile": np.arange(n), "pixels": 4096, "fp_A": 0, "p_A": 1.0})
+        found = [np.round(area / (1 + np.exp(-shared - shift - rng.normal(0, 0.7, n)))).astype(int)
+                 for shift in (0.6, 0.2)]
+        base = pd.DataFrame({"name": np.arange(n).astype(str), "class": "A", "tile": np.arange(n), "pixels": 4096,
+                             "fp_A": 0, "p_A": 1.0})
         return [[base.assign(tp_A=f, fn_A=area - f)] for f in found]
 
     truth = metrics.compare(*study(200_000), ["A"], times=2).difference
@@ -376,18 +435,22 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
 def test_summary_is_of_the_folds(tables):
     table = metrics.summarize(tables[0], CLASSES3)
     each = [metrics.scores(t, CLASSES3)["iou_A"] for t in tables[0]]
-    assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each)) and table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
-    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"] and table.loc["iou_A", "folds"] == 3
+    assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each))
+    assert table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
+    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"]
+    assert table.loc["iou_A", "folds"] == 3
 
 
 def partitioned(seed):
     "Two methods in two partitions of the same twelve tiles into two folds each."
     rng = np.random.default_rng(seed)
-    base = pd.DataFrame({"name": [str(i) for i in range(12)], "class": [*"AAAABBBBCCCC"], "tile": np.arange(12), "pixels": 4096})
+    base = pd.DataFrame({"name": [str(i) for i in range(12)], "class": [*"AAAABBBBCCCC"], "tile": np.arange(12),
+                         "pixels": 4096})
     tables = []
     for order in (rng.permutation(12), rng.permutation(12)):
         for half in (order[:6], order[6:]):
-            tables.append([base.iloc[half].assign(**{f"{k}_{c}": rng.integers(1, 50, 6) for k in ("tp", "fp", "fn") for c in CLASSES3},
+            tables.append([base.iloc[half].assign(**{f"{k}_{c}": rng.integers(1, 50, 6) for k in ("tp", "fp", "fn")
+                                                     for c in CLASSES3},
                                                   **{f"p_{c}": 0.5 for c in CLASSES3}) for _ in range(2)])
     return [a for a, _ in tables], [b for _, b in tables]
 
@@ -396,10 +459,12 @@ def test_partitions_are_scored_apart_and_tiles_drawn_together():
     a, b = partitioned(0)
     both = metrics.compare(a, b, CLASSES3, times=500, partitions=[3, 3, 7, 7])
     alone = [metrics.compare(a[i:i + 2], b[i:i + 2], CLASSES3, times=500) for i in (0, 2)]
-    assert both.partitions == pytest.approx([c.difference for c in alone]) and both.difference == pytest.approx(np.mean(both.partitions))
+    assert both.partitions == pytest.approx([c.difference for c in alone])
+    assert both.difference == pytest.approx(np.mean(both.partitions))
     assert both.tiles == 12 and len(both.folds) == 4
     twice = metrics.compare(a[:2] * 2, b[:2] * 2, CLASSES3, times=500, partitions=[0, 0, 1, 1])
-    assert (twice.low, twice.high) == pytest.approx((alone[0].low, alone[0].high)), "the same partition again is no further evidence"
+    assert (twice.low, twice.high) == pytest.approx((alone[0].low,
+                                                     alone[0].high)), "the same partition again is no further evidence"
 
 
 def test_a_partition_may_lack_tiles():

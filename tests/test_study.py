@@ -1,4 +1,4 @@
-"""The study: stores believe only rows that fit; studies are the protocol's; the matrix survives kills, failures, Ctrl-C and lost machines."""
+"""The study: stores believe only rows that fit; studies are the protocol's; the matrix survives kills and failures."""
 import contextlib
 import itertools
 import json
@@ -24,9 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dli import study, training
-from dli.study import (AUTHORS, FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing, one_kind, one_recipe,
+from dli.study import (AUTHORS, FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing,
+                       one_kind, one_recipe,
                        projected_cost, publish, read_counts, resolve_all, row_config, run_matrix, study_configs)
-from dli.training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, resolve, run, run_folder, run_key, run_name)
+from dli.training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, resolve, run, run_folder,
+                          run_key, run_name)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +40,8 @@ def config(**kwargs):
 def no_pictures(done, val, folder): pass
 
 
-# Children are forked from a process that has imported everything: starting one from nothing takes longer than its run. One test does that.
+# Children are forked from a process that has imported everything: starting one from nothing takes longer than its run.
+# One test does that.
 SERVED = multiprocessing.get_context("forkserver")
 SERVED.set_forkserver_preload(["dli.study"])
 WORK = study.work
@@ -97,7 +100,8 @@ def rows_of(store):
 
 def test_rows_are_loaded_as_they_were_stored(trained):
     runs = silently(trained)
-    assert runs["method"].tolist() == ["baseline", "dli"] and len(silently(trained, preset="smoke")) == 2 and len(silently(trained, preset="quick")) == 0
+    assert runs["method"].tolist() == ["baseline", "dli"]
+    assert len(silently(trained, preset="smoke")) == 2 and len(silently(trained, preset="quick")) == 0
     for _, row in runs.iterrows():
         stored = json.loads((Path(row["folder"]) / "row.json").read_text())
         assert all(row[k] == v or v is None and pd.isna(row[k]) for k, v in stored.items() if k != "decoder")
@@ -107,7 +111,8 @@ def test_rows_are_loaded_as_they_were_stored(trained):
 
 def test_an_empty_store_has_the_columns(tmp_path):
     runs = silently(tmp_path, tmp_path / "never made")
-    assert len(runs) == 0 and {"key", "recipe", "method", "iou_macro", "folder"} <= set(runs) and one_recipe(runs) is None
+    assert len(runs) == 0 and {"key", "recipe", "method", "iou_macro", "folder"} <= set(runs)
+    assert one_recipe(runs) is None
 
 
 def test_the_committed_rows_are_whole():
@@ -126,7 +131,8 @@ def test_a_field_added_later_loses_no_row(store, monkeypatch):
     runs = silently(ROOT / study.RESULTS, store)
     assert runs["key"].tolist() == committed["key"].tolist() and set(runs["ema"]) == {0.0} and len(runs) >= 2
     wanted = [Later(**asdict(row_config(row)) | dict(out=str(store))) for _, row in runs.iterrows()]
-    assert missing(wanted, ROOT / study.RESULTS, store) == [] and len(missing([replace(c, ema=0.9) for c in wanted])) == len(wanted)
+    assert missing(wanted, ROOT / study.RESULTS, store) == []
+    assert len(missing([replace(c, ema=0.9) for c in wanted])) == len(wanted)
     change_row(folder_of(store), ema=0.0)
     assert len(silently(store)) == 2
     change_row(folder_of(store), ema=0.9)
@@ -187,7 +193,8 @@ def test_broken_rows_are_named_skipped_and_left_alone(damage, store):
     spoil, message = DAMAGES[damage]
     spoil(folder_of(store))
     before = rows_of(store)
-    with pytest.warns(UserWarning, match=f"{folder_of(store).name} is not counted: .*{message}"): runs = load_runs(store)
+    with pytest.warns(UserWarning, match=f"{folder_of(store).name} is not counted: .*{message}"):
+        runs = load_runs(store)
     assert runs["method"].tolist() == ["dli"] and rows_of(store) == before
 
 
@@ -197,7 +204,8 @@ def test_broken_rows_are_missing_and_not_overwritten(damage, store):
     DAMAGES[damage][0](folder_of(store))
     before, c = rows_of(store), config(out=str(store))
     assert missing([c]) == [c]
-    with pytest.raises(FailedRuns, match=f"{run_name(c)}: ValueError: .*{DAMAGES[damage][1]}") as e: run_matrix([c], progress=False)
+    with pytest.raises(FailedRuns, match=f"{run_name(c)}: ValueError: .*{DAMAGES[damage][1]}") as e:
+        run_matrix([c], progress=False)
     assert e.value.failures[0][0] == c and len(e.value.runs) == 0 and rows_of(store) == before
 
 
@@ -216,7 +224,8 @@ def test_no_spoilt_byte_makes_another_row(trained, tmp_path, place, byte):
         runs = load_runs(tmp_path / "spoilt")
     if len(runs):
         assert row_config(runs.iloc[0]) == replace(config(), out=runs["out"][0])
-        assert np.isclose(runs["iou_macro"][0], silently(trained)["iou_macro"][0], atol=1e-9) and runs["key"][0] == run_key(config())
+        assert np.isclose(runs["iou_macro"][0], silently(trained)["iou_macro"][0], atol=1e-9)
+        assert runs["key"][0] == run_key(config())
 
 
 def test_foreign_folders_are_named_and_unfinished_runs_are_not(store):
@@ -226,7 +235,9 @@ def test_foreign_folders_are_named_and_unfinished_runs_are_not(store):
     (store / "under-way").mkdir()
     (store / "under-way" / "config.json").write_text("{}")
     with pytest.warns(UserWarning) as said: assert len(load_runs(store)) == 2
-    assert [str(w.message).split(": ", 1)[1] for w in said] == ["neither a row.json nor a config.json: not the folder of a run"] and "notes" in str(said[0].message)
+    assert [str(w.message).split(": ", 1)[1]
+            for w in said] == ["neither a row.json nor a config.json: not the folder of a run"]
+    assert "notes" in str(said[0].message)
 
 
 def test_a_run_in_two_stores_counts_once(trained, store):
@@ -238,7 +249,8 @@ def test_a_run_in_two_stores_counts_once(trained, store):
 
 def test_two_results_of_one_run_are_named(trained, store):
     change_row(folder_of(store), seam_alarm_poisson=0.123)
-    with pytest.warns(UserWarning, match=f"{folder_of(store)} is not counted: {folder_of(trained)} has another result"): runs = load_runs(trained, store)
+    with pytest.warns(UserWarning, match=f"{folder_of(store)} is not counted: {folder_of(trained)} has another result"):
+        runs = load_runs(trained, store)
     assert len(runs) == 2 and 0.123 not in runs["seam_alarm_poisson"].tolist()
 
 
@@ -261,7 +273,8 @@ def test_devices_and_number_formats_are_not_mixed(trained):
     assert one_kind(runs) == ("cpu", runs["dtype"][0]) and one_kind(runs[:0]) == (None, None)
     for name, values in dict(device=["cpu", "cuda"], dtype=["bfloat16", "float32"]).items():
         listed = f"1 of {name} {values[0]}, 1 of {name} {values[1]}"
-        with pytest.raises(ValueError, match=f"rows of different {name}s are not compared: {listed}"): one_kind(runs.assign(**{name: values}))
+        with pytest.raises(ValueError, match=f"rows of different {name}s are not compared: {listed}"):
+            one_kind(runs.assign(**{name: values}))
 
 
 # Publishing
@@ -283,8 +296,10 @@ def test_another_result_is_never_overwritten(trained, tmp_path):
     publish(silently(trained), tmp_path)
     change_row(folder_of(tmp_path), seam_alarm_poisson=0.123)
     shutil.rmtree(folder_of(tmp_path, "dli"))
-    with pytest.raises(FileExistsError, match=f"{folder_of(tmp_path)} holds another result"): publish(silently(trained), tmp_path)
-    assert json.loads((folder_of(tmp_path) / "row.json").read_text())["seam_alarm_poisson"] == 0.123 and folder_of(tmp_path, "dli").is_dir()
+    with pytest.raises(FileExistsError, match=f"{folder_of(tmp_path)} holds another result"):
+        publish(silently(trained), tmp_path)
+    assert json.loads((folder_of(tmp_path) / "row.json").read_text())["seam_alarm_poisson"] == 0.123
+    assert folder_of(tmp_path, "dli").is_dir()
 
 
 def test_unfinished_and_broken_runs_are_not_published(store, tmp_path):
@@ -292,7 +307,8 @@ def test_unfinished_and_broken_runs_are_not_published(store, tmp_path):
     change_row(folder_of(store), iou_macro=0.99)
     with pytest.raises(ValueError, match="0.99 in the row"): publish([config(out=str(store))], tmp_path / "results")
     (folder_of(store, "dli") / "regions.npz").unlink()
-    with pytest.raises(ValueError, match="regions.npz is missing"): publish([config(method="dli", out=str(store))], tmp_path / "results")
+    with pytest.raises(ValueError, match="regions.npz is missing"):
+        publish([config(method="dli", out=str(store))], tmp_path / "results")
     assert not rows_of(tmp_path / "results")
 
 
@@ -322,13 +338,15 @@ def test_publishing_may_die_after_every_write(trained, tmp_path, monkeypatch):
 # Studies
 
 PROTOCOL = dict(table1="baseline focal balanced wce lovasz tversky dli dli-all", table2="dli-cutpaste dli-poisson dli",
-                attribution="dli inject-random sampler share baseline", policy="dli dli-all", shortcut="baseline dli-cutpaste dli-poisson dli")
+                attribution="dli inject-random sampler share baseline", policy="dli dli-all",
+                shortcut="baseline dli-cutpaste dli-poisson dli")
 LITE = ["efficientnet_lite0"]
 
 
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_methods_are_the_protocols(name):
-    expected = [RunConfig(method=m, encoder="resnet18", fold=3, partition=2, preset="study") for m in PROTOCOL[name].split()]
+    expected = [RunConfig(method=m, encoder="resnet18", fold=3, partition=2, preset="study")
+                for m in PROTOCOL[name].split()]
     assert STUDIES[name]("study", ["resnet18"], [3], [2]) == expected
 
 
@@ -336,7 +354,9 @@ def test_weak_and_leakage_are_the_protocols():
     weak, leakage = (STUDIES[name]("paper", ["resnet18"], [0]) for name in ("weak", "leakage"))
     expected = set(itertools.product(["dli", "wce"], [0.1, 0.25, 0.5, 0.75, 1.0]))
     assert {(c.method, c.fraction) for c in weak} == expected and len(weak) == 10
-    assert {(c.method, c.split) for c in leakage} == set(itertools.product(["baseline", "wce", "dli"], ["tile", "image"])) and len(leakage) == 6
+    expected = set(itertools.product(["baseline", "wce", "dli"], ["tile", "image"]))
+    assert {(c.method, c.split) for c in leakage} == expected
+    assert len(leakage) == 6
     assert all(c.clean_validation for c in leakage), "the same clean tiles under both splits"
 
 
@@ -344,7 +364,8 @@ def test_the_replication_has_every_switch_of_the_authors_protocol():
     configs = STUDIES["replication"]("study", LITE, [1])
     assert [c.method for c in configs] == "baseline focal-authors balanced-authors wce dli-authors".split()
     assert all({k: getattr(c, k) for k in AUTHORS} == AUTHORS for c in configs)
-    assert AUTHORS == dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best", evaluations=20)
+    assert AUTHORS == dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch",
+                           select="best", evaluations=20)
     authors = configs[-1]
     assert (authors.fill, authors.region, authors.mix_gradients, authors.grow_label) == ("all", "image", True, True)
 
@@ -352,7 +373,8 @@ def test_the_replication_has_every_switch_of_the_authors_protocol():
 def test_noise_pairs_differ_in_the_training_seed_alone():
     configs = STUDIES["noise"]("study", LITE, [2, 3], [1])
     pairs = list(zip(configs[::2], configs[1::2]))
-    assert [(a.method, a.fold, a.partition) for a, _ in pairs] == [(m, f, 1) for f in (2, 3) for m in ("baseline", "dli")]
+    expected = [(m, f, 1) for f in (2, 3) for m in ("baseline", "dli")]
+    assert [(a.method, a.fold, a.partition) for a, _ in pairs] == expected
     assert all((a.seed, b.seed) == (5 + a.fold, 1000 + 5 + a.fold) and replace(b, seed=a.seed) == a for a, b in pairs)
     others = study_configs([name for name in STUDIES if name != "noise"], "study", LITE, [2, 3], [1])
     assert not {b for _, b in pairs} & set(others), "they enter no other study"
@@ -361,7 +383,8 @@ def test_noise_pairs_differ_in_the_training_seed_alone():
 def test_the_ladder_changes_one_thing_a_rung():
     rungs = [asdict(RunConfig(**row)) for _, row in LADDER]
     changes = [{k for k in a if a[k] != b[k]} for a, b in itertools.pairwise(rungs)]
-    assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"method", "mix_gradients"}, {"method", "fill"}, set()]
+    assert changes == [{"method", "threshold"}, {"dice"}, {"region"}, {"grow_label"}, {"method", "mix_gradients"},
+                       {"method", "fill"}, set()]
     assert rungs[0] == asdict(RunConfig(method="dli-authors")) and rungs[-1] == asdict(RunConfig())
     assert [RunConfig(preset="study", **row) for _, row in LADDER[:-1]] == STUDIES["ladder"]("study", LITE, [0])
 
@@ -372,19 +395,22 @@ def test_no_training_runs_twice_under_two_names():
 
 
 @given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(3)),
-       st.lists(st.integers(0, 3), min_size=1, max_size=2, unique=True), st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
+       st.lists(st.integers(0, 3), min_size=1, max_size=2, unique=True),
+       st.lists(st.sampled_from(["resnet18", "resnest50d"]), min_size=1, unique=True))
 @settings(max_examples=40, deadline=None)
 def test_studies_together(names, folds, partitions, encoders):
     together = study_configs(names, "smoke", encoders, folds, partitions)
     assert len({run_key(c) for c in together}) == len(together)
     assert set(together) == {c for name in names for c in STUDIES[name]("smoke", encoders, folds, partitions)}
     places = [(c.partition, c.fold) for c in together]
-    assert list(dict.fromkeys(places)) == list(itertools.product(partitions, folds)), "whole folds, partitions outermost"
+    expected = list(itertools.product(partitions, folds))
+    assert list(dict.fromkeys(places)) == expected, "whole folds, partitions outermost"
     assert sum(a != b for a, b in itertools.pairwise(places)) == len(folds) * len(partitions) - 1
 
 
 def test_unknown_studies_are_refused():
-    with pytest.raises(ValueError, match="no study is called table3: choose among table1, table2"): study_configs(["table3"], "smoke", ["resnet18"])
+    with pytest.raises(ValueError, match="no study is called table3: choose among table1, table2"):
+        study_configs(["table3"], "smoke", ["resnet18"])
 
 
 def test_what_auto_means_is_decided_once(monkeypatch):
@@ -395,7 +421,8 @@ def test_what_auto_means_is_decided_once(monkeypatch):
         return resolve(replace(c, dataset="synthetic"))
     monkeypatch.setattr(study, "resolve", resolve_noted)
     resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
-    assert asked.count("auto") == 1 and {c.dataset for c in resolved} == {"synthetic"} and [c.fold for c in resolved] == [0, 1, 2]
+    assert asked.count("auto") == 1 and {c.dataset for c in resolved} == {"synthetic"}
+    assert [c.fold for c in resolved] == [0, 1, 2]
 
 
 # The matrix
@@ -417,10 +444,14 @@ def kill_yourself(job, errors):
 
 def test_failures_stop_nobody_and_are_told_at_the_end(trained, tmp_path, monkeypatch):
     bad, good = config(batch_size=4000, out=str(tmp_path)), config(seed=1, out=str(tmp_path))
-    with pytest.raises(FailedRuns, match=f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size=4000 is larger") as e: run_matrix([bad, good], jobs=1, progress=False)
-    assert e.value.failures[0][0] == bad and "Traceback" in e.value.failures[0][1] and e.value.runs["seed"].tolist() == [1]
+    said = f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size=4000 is larger"
+    with pytest.raises(FailedRuns, match=said) as e:
+        run_matrix([bad, good], jobs=1, progress=False)
+    assert e.value.failures[0][0] == bad and "Traceback" in e.value.failures[0][1]
+    assert e.value.runs["seed"].tolist() == [1]
     monkeypatch.setattr(study, "work", kill_yourself)
-    with pytest.raises(FailedRuns, match="the process ended with exit code -9"): run_matrix([config(seed=2, out=str(tmp_path))], progress=False)
+    with pytest.raises(FailedRuns, match="the process ended with exit code -9"):
+        run_matrix([config(seed=2, out=str(tmp_path))], progress=False)
 
 
 @pytest.mark.parametrize("wrong", [dict(engine="slurm"), dict(jobs=0), dict(jobs=-1), dict(threads=0)])
@@ -489,13 +520,16 @@ def kill_group(pid):
 
 
 def without_times(rows):
-    return rows.drop(columns=[k for k in rows if k.startswith("seconds_") or k in ("finished", "commit", "out", "folder", "decoder")])
+    return rows.drop(columns=[k for k in rows if k.startswith("seconds_")
+                              or k in ("finished", "commit", "out", "folder", "decoder")])
 
 
 def outcome(configs):
     "All that finished runs leave, times left out."
     rows = finished_runs(configs, *{c.out for c in configs}).set_index("key")
-    for c in configs: assert {p.name for p in run_folder(c).iterdir()} - {"curve.png", "predictions.png"} == {*FILES, "model.safetensors"}
+    for c in configs:
+        pictures = {"curve.png", "predictions.png"}
+        assert {p.name for p in run_folder(c).iterdir()} - pictures == {*FILES, "model.safetensors"}
     curves = [pd.read_csv(run_folder(c) / "curve.csv").drop(columns="seconds").to_csv() for c in configs]
     files = [(run_folder(c) / name).read_bytes() for c in configs for name in ("counts.csv", "model.safetensors")]
     regions = [np.load(run_folder(c) / "regions.npz")["regions"].tobytes() for c in configs]
@@ -540,7 +574,8 @@ COMMAND = "import sys; from dli.study import main; sys.exit(main())"
 
 def command(*args, **kwargs):
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, args)], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True, **kwargs)
 
 
 @pytest.mark.slow
@@ -548,7 +583,8 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
     configs = [replace(c, dataset="synthetic") for c in study_configs(["table2"], "smoke", LITE, [0, 1])]
 
     def begin(own, seconds):
-        process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--folds", 0, 1, "--jobs", 2, "--out", own[0].out, cwd=tmp_path)
+        process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--folds", 0, 1, "--jobs", 2,
+                          "--out", own[0].out, cwd=tmp_path)
         try: output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired: return kill_group(process.pid) or (process.wait(), False)[1]
         assert process.returncode == 0, output
@@ -591,7 +627,8 @@ def command_apart(args, errors: Path):
 
 
 def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
-    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2", "--out", str(tmp_path / "runs")]
+    args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2", "--out",
+            str(tmp_path / "runs")]
     process = start_apart(command_apart, args, tmp_path / "errors")
     runs = lambda: list((tmp_path / "runs").glob("*"))
     wait_for(lambda: len(runs()) == 2 and all((folder / CHECKPOINTS[0]).exists() for folder in runs()))
@@ -610,7 +647,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2"]
     assert study.main([*args, "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "2 runs, 2 without a row" in printed and all(f"{m}-efficientnet_lite0-smoke" in printed for m in ("dli", "dli-all")) and "nothing was measured for efficientnet_lite0 at smoke" in printed
+    assert "2 runs, 2 without a row" in printed
+    assert all(f"{m}-efficientnet_lite0-smoke" in printed for m in ("dli", "dli-all"))
+    assert "nothing was measured for efficientnet_lite0 at smoke" in printed
     assert not (tmp_path / "runs").exists()
     assert study.main([*args, "--publish"]) == 0
     assert "2 of 2 runs have a row" in capsys.readouterr().out and set(silently()["method"]) == {"dli", "dli-all"}
@@ -635,7 +674,8 @@ def test_a_child_from_nothing_has_its_threads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "PROCESSES", multiprocessing.get_context("spawn"))
     before = dict(os.environ), signal.getsignal(signal.SIGINT)
     assert run_matrix([config(steps=1, out=str(tmp_path))], threads=2)["threads"].tolist() == [2]
-    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)) and "1 of 1 runs: 100%" in capsys.readouterr().err
+    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT))
+    assert "1 of 1 runs: 100%" in capsys.readouterr().err
 
 
 # What it costs
@@ -659,21 +699,27 @@ def test_costs_are_steps_and_evaluations():
     assert study.projected_seconds(config(steps=600), rows) == pytest.approx(604)
     assert study.projected_seconds(config(method="dli"), rows) == pytest.approx(10)  # for want of its own
     both = pd.concat([rows, measured(method="dli", seconds_total=16.0)])
-    assert study.projected_seconds(config(method="dli"), both) == pytest.approx(16) and study.projected_seconds(config(), both) == pytest.approx(10)
-    assert study.projected_seconds(config(encoder="resnet18"), both) is None and study.projected_seconds(config(image_size=128), both) is None
+    assert study.projected_seconds(config(method="dli"), both) == pytest.approx(16)
+    assert study.projected_seconds(config(), both) == pytest.approx(10)
+    assert study.projected_seconds(config(encoder="resnet18"), both) is None
+    assert study.projected_seconds(config(image_size=128), both) is None
 
 
 def test_costs_by_number_of_machines():
-    table = projected_cost([config(seed=s) for s in range(4)], measured(seconds_total=3600.0, seconds_evaluations=0.0), machines=(1, 2, 3), jobs=2)
-    assert table["hours"].tolist() == pytest.approx([2, 1, 1]) and table["machine_hours"].tolist() == pytest.approx([2, 2, 3])
-    with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: measure it"): projected_cost([config(encoder="resnet18")], measured())
+    table = projected_cost([config(seed=s) for s in range(4)], measured(seconds_total=3600.0, seconds_evaluations=0.0),
+                           machines=(1, 2, 3), jobs=2)
+    assert table["hours"].tolist() == pytest.approx([2, 1, 1])
+    assert table["machine_hours"].tolist() == pytest.approx([2, 2, 3])
+    with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: measure it"):
+        projected_cost([config(encoder="resnet18")], measured())
 
 
 # Ray
 
 def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[ray\]' in a clone"): run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
+    with pytest.raises(ImportError, match=r"pip install '\.\[ray\]' in a clone"):
+        run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
 
 
 @pytest.fixture
@@ -699,7 +745,8 @@ def under_way(node):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [False, True])
 def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
-    "All rows arrive, none twice, and they are those of this machine alone; also when a node is killed in the middle of a run."
+    """All rows arrive, none twice, and they are those of this machine alone; also when a node is killed in the middle
+    of a run."""
     head, other, kill_other = two_nodes
     configs = [config(method=m, seed=s, steps=30) for s in (0, 1) for m in ("baseline", "dli")]
     arrived, seen, store_files, began = [], {head: set(), other: set()}, study.store_files, time.perf_counter()

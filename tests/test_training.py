@@ -269,8 +269,50 @@ def test_rate_and_evaluations(preset, steps):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_trains_on_cuda(tmp_path):
-    assert run(config(out=str(tmp_path)), progress=False)["device"] == "cuda"
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_on_cuda(method, tmp_path):
+    row = run(config(method=method, steps=20, out=str(tmp_path)), progress=False)
+    curve = pd.read_csv(run_folder(config(method=method, steps=20, out=str(tmp_path))) / "curve.csv")
+    assert row["device"] == "cuda" and curve["loss"].iloc[-1] < curve["loss"].iloc[0]
+
+
+class NoStream:
+    "Stands in for a CUDA stream: what is put on it is done at once."
+    def __init__(self, *_): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def synchronize(self): pass
+    def wait_stream(self, other): pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_captured_step_is_the_usual_one(dtype, monkeypatch):
+    "What `GraphStep` records, computed on the CPU without a graph, does what `train_step` does."
+    for name in ("Stream", "stream"): monkeypatch.setattr(torch.cuda, name, NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(training, "WARM_STEPS", 100)
+    monkeypatch.setattr(training, "fused", lambda loss: loss)
+    c = config(method="baseline", dtype=dtype)
+    train, _ = run_samples(c)
+    usual = training.run_model(c, train, torch.device("cpu"))
+    model, loss = copy.deepcopy(usual), training.run_loss(c, train)
+    adam = [torch.optim.SGD(m.parameters(), lr=rate) for m, rate in ((usual, 0.1), (model, torch.tensor(0.0)))]
+    counted = [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")]
+    step = None
+    for images, masks in itertools.islice(training.batches(c, train, None, torch.device("cpu")), 3):
+        expected = training.train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype))
+        step = step or GraphStep(model, loss, adam[1], getattr(torch, dtype), images, masks)
+        step(images, masks, 0.1)
+        assert step.losses() == [pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-2)] and step.losses() == []
+    difference = max((a - b).abs().max().item() for a, b in zip(usual.parameters(), model.parameters()))
+    assert difference < (1e-5 if dtype == "float32" else 0.02)
+    assert counted == [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")] and all(n == 0 for n in counted)
+
+
+def test_a_captured_loss_that_is_not_finite_is_named(monkeypatch):
+    step = GraphStep.__new__(GraphStep)
+    step.stream, step.values = NoStream(), [torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)]
+    with pytest.raises(FloatingPointError, match="the loss is nan"): step.losses()
 
 
 # Interruption. A process is killed for real, so runs are trained in processes of their own: forked from one that has imported everything.

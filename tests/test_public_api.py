@@ -1,0 +1,121 @@
+"""Every public function with photographs of any shape: not square, grey or in colour, one class or several, names of any kind."""
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import dli
+from dli.data import Samples, dataset_table, show_samples
+from dli.injection import InjectionPlan
+from dli.losses import LOSSES
+from dli.training import evaluate, pack_regions, plot_curve, plot_predictions
+
+SHAPES = st.tuples(st.sampled_from((24, 40, 64)), st.sampled_from((32, 48, 72)), st.sampled_from((1, 3)))
+CLASSES = st.sampled_from((("pitting",), ("a b", "Straße"), ("0", "$\\frac$", "_under")))
+WALKED = {"Samples", "split_samples", "DonorPool", "DonorTransform", "DynamicLabelInjection", "InjectionPlan", "show_batch", "cut_paste", "poisson_blend", "make_loss",
+          "lightweight_unet", "count_batch", "counts_table", "scores", "summarize", "compare", "score"}
+OF_THE_TILES = {"load_dataset", "magnetic_tiles", "synthetic_tiles", "read_folds", "METHODS", "PRESETS", "RunConfig", "run"}  # make or name square data sets
+
+
+def parts(height: int, width: int, channels: int, classes: tuple[str, ...], seed: int = 0) -> Samples:
+    "Six parts of each class and twelve clean ones, a photograph each: a blob of its own grey on noise."
+    rng, images, masks, rows = np.random.default_rng(seed), [], [], []
+    for kind in [c for c in classes for _ in range(6)] + ["Free"] * 12:
+        mask = np.zeros((height, width), np.uint8)
+        if kind != "Free":
+            y, x = rng.integers(0, height - 8), rng.integers(0, width - 8)
+            mask[y:y + rng.integers(2, 9), x:x + rng.integers(2, 9)] = classes.index(kind) + 1
+        image = rng.integers(60, 140, (height, width, channels)).astype(np.uint8)
+        image[mask > 0] += 60
+        images.append(image[..., 0] if channels == 1 else image)
+        masks.append(mask)
+        rows.append((f"photo {len(rows):03d}", kind, len(rows), 1, width, height, True))
+    table = pd.DataFrame(rows, columns=["name", "class", "tile", "exposure", "width", "height", "usable"])
+    return Samples(np.stack(images), np.stack(masks), table, classes, "own")
+
+
+def as_tensors(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.from_numpy(samples.images)
+    return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)), torch.from_numpy(samples.masks)
+
+
+def test_every_public_name_is_walked():
+    assert set(dli.__all__) == WALKED | OF_THE_TILES and set(dli.__all__) <= set(dir(dli))
+    for name in dli.__all__: assert getattr(dli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'dynamic'"): dli.dynamic
+
+
+def test_the_transform_loads_no_network():
+    "What only training needs is imported when it is asked for."
+    code = ("import sys; from dli import DonorPool, DynamicLabelInjection, Samples, synthetic_tiles; samples = synthetic_tiles(n=60, size=32); "
+            "DynamicLabelInjection(DonorPool(samples)); print([m for m in ('segmentation_models_pytorch', 'timm', 'torchvision', 'papermill') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@given(SHAPES, CLASSES)
+@settings(max_examples=8, deadline=None)
+def test_samples_splits_and_injection(shape, classes):
+    samples = parts(*shape, classes)
+    train, val = dli.split_samples(samples, fold=1)
+    assert not set(train.table["tile"]) & set(val.table["tile"]) and len(train) + len(val) == len(samples)
+    assert dataset_table(samples).loc[list(classes), "images"].tolist() == [6] * len(classes)
+    images, masks = as_tensors(train)
+    pool = dli.DonorPool(train, transforms={classes[0]: dli.DonorTransform(rotate=90)})
+    inject = dli.DynamicLabelInjection(pool, fill="all")
+    plan = inject.make_params(masks, torch.Generator().manual_seed(0))
+    after, labels = inject.transform(images, masks, InjectionPlan.from_json(plan.to_json()))
+    assert after.shape == images.shape and after.dtype == images.dtype and (labels > 0).flatten(1).any(1).all()
+    untouched = (masks > 0).flatten(1).any(1)
+    assert torch.equal(after[untouched], images[untouched]) and torch.equal(labels[untouched], masks[untouched])
+    for figure in (dli.show_batch(images, after, labels, plan, classes), show_samples(train)):
+        figure.canvas.draw()
+        plt.close(figure)
+
+
+@given(SHAPES, st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_blends(shape, mixed):
+    height, width, channels = shape
+    rng = torch.Generator().manual_seed(height + width)
+    target, source = torch.rand(2, 2, channels, height, width, generator=rng)
+    mask = torch.zeros(2, height, width, dtype=torch.bool)
+    mask[0, 3:9, 2:13] = mask[1, :, -4:] = True
+    for blend in (dli.cut_paste(target, source, mask), dli.poisson_blend(target, source, mask, mixed)):
+        outside = (~mask)[:, None].expand_as(target)
+        assert blend.shape == target.shape and torch.equal(blend[outside], target[outside]) and blend.isfinite().all()
+        assert not torch.equal(blend, target)
+
+
+@pytest.mark.parametrize("shape", [(24, 72, 1), (64, 32, 3)])
+@pytest.mark.parametrize("classes", [("pitting",), ("0", "$\\frac$", "_under")])
+def test_networks_losses_and_scores(shape, classes, tmp_path):
+    samples, k = parts(*shape, classes), len(classes)
+    images, masks = as_tensors(samples)
+    model = dli.lightweight_unet("efficientnet_lite0", classes=k, channels=shape[2], weights=None)
+    logits = model(images[:4].float() / 255)
+    assert logits.shape == (4, k, *shape[:2])
+    for name in LOSSES:
+        value = dli.make_loss(name, images_per_class=[6] * k, pixels_per_class=[20 + i for i in range(k)])(logits, masks[:4])
+        assert value.ndim == 0 and value.isfinite()
+    perfect = torch.stack([masks == i + 1 for i in range(k)], 1) * 40.0 - 20
+    counts = dli.counts_table(samples.table, dli.count_batch(perfect, masks), classes)
+    assert dli.scores(counts, classes)["iou_macro"] == 1
+    halves = [counts[counts["tile"] % 2 == i] for i in (0, 1)]
+    assert dli.summarize(halves, classes).loc["iou_macro", "pooled"] == 1 and dli.compare(halves, halves, classes).difference == 0
+    for name, mask in zip(samples.table["name"], samples.masks): Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    assert dli.score(tmp_path, samples=samples)["iou_macro"] == 1
+    model.eval()
+    found, regions = evaluate(model, samples), np.unpackbits(pack_regions(model, samples), axis=-1)
+    assert (regions[..., :shape[1]].sum((2, 3)) == found.filter(like="tp_").to_numpy() + found.filter(like="fp_").to_numpy()).all()
+    curve = pd.DataFrame([dict(step=step, loss=1.0, **dli.scores(found, classes)) for step in (1, 2)])
+    for figure in (plot_curve(curve, classes), plot_predictions(model, samples, found)):
+        figure.canvas.draw()
+        plt.close(figure)
