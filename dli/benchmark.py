@@ -31,7 +31,7 @@ PARTITIONS = (0, 1, 2, 3)
 
 def fold_table(
     samples: Samples,  # of any size
-) -> pd.DataFrame:  # name, class and tile; then the fold of each `<protocol>_<partition>`, NA where an image takes no part
+) -> pd.DataFrame:  # name, class, tile; the fold of each `<protocol>_<partition>`, NA where an image takes no part
     "Which fold validates each image."
     table = samples.table[["name", "class", "tile"]].copy()
     for partition in PARTITIONS:
@@ -93,7 +93,7 @@ def read_predictions(
     samples: Samples,  # what to score
     known: set[str],  # names of all images there are
 ) -> np.ndarray:  # uint8 (N, H, W), 0..K
-    "The predicted masks of `samples`, in order. Raises BadPredictions, which names each missing, unknown or wrong file."
+    "The predicted masks of `samples`, in order. Raises BadPredictions that names each missing, unknown or wrong file."
     folder, known = Path(folder), set(map(same_name, known))
     if not folder.is_dir(): raise BadPredictions(f"{folder}: no such folder")
     shape, k = samples.masks.shape[1:], len(samples.classes)
@@ -106,7 +106,7 @@ def read_predictions(
         sizes = tuple(dict.fromkeys([shape[::-1], (width, height)]))
         try: masks.append(read_mask(folder / files[0], sizes, k, shape))
         except ValueError as error: problems.append(f"{files[0]}: {error}")
-    unknown = sorted(file for name in found.keys() - known for file in found[name] if not Path(file).name.startswith("."))
+    unknown = sorted(f for name in found.keys() - known for f in found[name] if not Path(f).name.startswith("."))
     problems += [f"{file}: unknown; the dataset has no image of that name" for file in unknown]
     if problems: raise BadPredictions(explain_problems(folder, len(samples), problems))
     return np.stack(masks)
@@ -123,8 +123,8 @@ def explain_problems(
     count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
     return "\n  ".join([
         f"{folder}: expected {n} index masks, one PNG per image. {count}:", *problems[:shown], *more,
-        "Write each mask as <name of the photograph>.png, 0 for no defect and 1.. for the classes; see read_folds() for "
-        "the names of the Magnetic Tiles, and the column name of the samples' table for your own."])
+        "Write each mask as <name of the photograph>.png, 0 for no defect and 1.. for the classes; see read_folds() "
+        "for the names of the Magnetic Tiles, and the column name of the samples' table for your own."])
 
 # %% ../nbs/09_benchmark.ipynb #09-benchmark-018
 def fold_samples(

@@ -132,7 +132,7 @@ def check_parts(
     unknown = parts.isna() | (parts == "")
     if unknown.any():
         raise ValueError(f"table: the part (column tile) of {unknown.sum()} images is unknown: "
-                         f"{listed(names, unknown)}. Fill it in; where an image shows a part of its own, write its name")
+                         f"{listed(names, unknown)}. Fill it in; for a part of its own, write the image's name")
     if parts.dtype.kind in "iu" and isinstance(parts.dtype, np.dtype): return parts
     values = [int(v) if isinstance(v, (float, np.floating)) and np.isfinite(v) and v == int(v) else v for v in parts]
     wrong = [isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, np.integer, str)) for v in values]
@@ -706,7 +706,7 @@ def unpack(
     archive: Path,  # a zip
     folder: Path,  # receives what is in it
 ) -> None:
-    "Unpack a zip inside the folder, whatever it names. Raises DamagedDataset if too much would come out, or BadZipFile."
+    "Unpack a zip, inside the folder whatever it names. Raises BadZipFile, or DamagedDataset if it is too large."
     with zipfile.ZipFile(archive) as zipped:
         size = sum(member.file_size for member in zipped.infolist())
         if size > UNPACKED_MOST:
@@ -759,7 +759,7 @@ def fetch_into(
     folder: Path,  # the cache folder
     archive: Path,  # where the zip is kept on the way
 ) -> None:
-    "Download and install while the lock is held. Raises DownloadError, BrokenDownload (some arrived) or DamagedDataset."
+    "Download and install, with the lock. Raises DownloadError, BrokenDownload (some arrived) or DamagedDataset."
     try:
         download(MT_URL, archive)
         install_archive(archive, folder)
@@ -771,8 +771,8 @@ def fetch_into(
 def download_advice(error, folder):
     "What to do when the dataset could not be downloaded."
     return (f"The Magnetic Tiles are not on this machine and could not be downloaded from {MT_URL} ({error}). "
-            "Try again (an interrupted download resumes), or get that zip elsewhere, unpack it, and name the folder that "
-            "holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to "
+            "Try again (an interrupted download resumes), or get that zip elsewhere, unpack it, and name the folder "
+            "that holds MT_Blowhole, ..., MT_Uneven: as root=, in the environment variable DLI_DATA, or by moving it to "
             f"{folder}.")
 
 # %% ../nbs/00_data.ipynb #00-data-063
@@ -1177,7 +1177,7 @@ def find_folds(
     partition: int = 0,  # which shuffle, >= 0
     keep_empty: bool = False,  # True: also those defective images that the table calls unusable, see `place_empty`
 ) -> np.ndarray:  # int (N,): 0..4; -1 where an image takes no part
-    "The fold that validates each image; a clean one has the same under both protocols. Raises ValueError for few tiles."
+    "The fold that validates each image; a clean one has the same under both protocols. Raises ValueError."
     check_parts(samples.table["tile"], samples.table["name"])
     usable, tiles = np.flatnonzero(samples.usable), pd.factorize(samples.table["tile"])[0]
     members = class_members(samples)[usable]
