@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .data import DATASETS
+from .data import DATASETS, read_table, resolve_dataset
 from .metrics import scores
 from .models import ENCODERS, Encoder
 from .training import (CHECKPOINTS, KEY_DEFAULTS, METHODS, PRESETS, RECIPE, Method, Preset, RunConfig,
@@ -46,7 +46,7 @@ def counts_at(path: Path, # of a counts.csv
               changed: int, # when it was written: a file that changed is read again
               ) -> pd.DataFrame:
     "A file of counts, read once."
-    return pd.read_csv(path)
+    return read_table(path)
 
 def read_counts(row: pd.Series | dict, # of `load_runs`
                 ) -> pd.DataFrame:     # of `dli.metrics.counts_table`
@@ -299,11 +299,13 @@ def study_configs(names: Iterable[str],       # keys of `STUDIES`
 
 # %% ../nbs/07_study.ipynb #07-study-037
 def resolve_all(configs: Iterable[RunConfig]) -> list[RunConfig]:
-    "Configs resolved; what `auto` means is decided once for all of them."
+    """Configs resolved; what `auto` means is decided once for all of them.
+
+    Raises DownloadError where the data can't be had: a matrix is never filled with synthetic rows instead."""
     first, resolved = {}, []
     for c in configs:
         auto = c.dataset, c.dtype
-        if auto not in first: first[auto] = resolve(c)
+        if auto not in first: first[auto] = resolve(replace(c, dataset=resolve_dataset(c.dataset, fallback=False)))
         resolved.append(resolve(replace(c, dataset=first[auto].dataset, dtype=first[auto].dtype)))
     return resolved
 

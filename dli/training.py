@@ -50,7 +50,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 import dli
-from .data import (DATASETS, PROTOCOLS, Samples, data_fingerprint, drawable, load_dataset, resolve_dataset,
+from .data import (DATASETS, PROTOCOLS, Samples, csv_bytes, data_fingerprint, drawable, load_dataset, resolve_dataset,
                    show_samples, split_samples)
 from .injection import CHOICES, DonorPool, DynamicLabelInjection, default_margin
 from .losses import Lovasz, SegmentationLoss, make_loss
@@ -1136,7 +1136,7 @@ def complete(config: RunConfig, folder: Path, progress: bool, device: torch.devi
     train, val = run_samples(config)
     done = fit(config, train, val, progress, folder, device)
     save_pictures(done, val, folder)
-    write_whole(folder / "counts.csv", done.counts.to_csv(index=False).encode())
+    write_whole(folder / "counts.csv", csv_bytes(done.counts))
     write_whole(folder / "regions.npz", as_npz(name=done.counts["name"].to_numpy(str), regions=pack_regions(done.model, val, done.dtype)))
     write_whole(folder / "model.safetensors", save({k: v.contiguous() for k, v in done.model.state_dict().items()}))
     write_whole(folder / "row.json", json.dumps(make_row(done, train, val), indent=1).encode())

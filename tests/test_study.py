@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dli import study, training
+from dli import data, study, training
 from dli.study import (AUTHORS, FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing,
                        one_kind, one_recipe,
                        projected_cost, publish, read_counts, resolve_all, row_config, run_matrix, study_configs)
@@ -140,8 +140,8 @@ def test_a_field_added_later_loses_no_row(store, monkeypatch):
 
 
 def test_counts_are_read_once_and_again_once_they_changed(store, monkeypatch):
-    folder, read, reads = folder_of(store), pd.read_csv, []
-    monkeypatch.setattr(study.pd, "read_csv", lambda path: reads.append(path) or read(path))
+    folder, read, reads = folder_of(store), study.read_table, []
+    monkeypatch.setattr(study, "read_table", lambda path: reads.append(path) or read(path))
     first, again = read_counts(dict(folder=folder)), read_counts(dict(folder=folder))
     assert len(reads) == 1 and first.equals(again)
     first["tp_Break"] = -1  # a reader's changes are its own
@@ -149,6 +149,14 @@ def test_counts_are_read_once_and_again_once_they_changed(store, monkeypatch):
     change_counts(folder, lambda c: c[1:])
     os.utime(folder / "counts.csv", ns=(1, 1))
     assert len(read_counts(dict(folder=folder))) == len(again) - 1
+
+
+def test_a_matrix_is_never_filled_with_synthetic_rows_in_silence(monkeypatch):
+    monkeypatch.setattr(data, "find_magnetic_tiles", lambda: None)
+
+    def no_network(): raise data.DownloadError("no network")
+    monkeypatch.setattr(data, "fetch_magnetic_tiles", no_network)
+    with pytest.raises(data.DownloadError, match="no network"): run_matrix([RunConfig(preset="smoke", dataset="auto")])
 
 
 def change_row(folder, **changes):
