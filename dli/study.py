@@ -11,7 +11,7 @@ __all__ = ['RESULTS', 'COSTS', 'FILES', 'REQUIRED', 'OPTIONAL', 'PREFIXES', 'ALW
            'resolve_all', 'stores_of', 'missing', 'Job', 'job_of', 'do', 'end_with_parent', 'work', 'for_children',
            'Child', 'start', 'steps_done', 'Bar', 'run_local', 'default_jobs', 'run_elsewhere', 'ray_cluster',
            'ray_task', 'receive', 'run_ray', 'FailedRuns', 'tidy', 'finished_runs', 'run_matrix', 'projected_seconds',
-           'makespan', 'projected_cost', 'parser', 'dry_run', 'main']
+           'makespan', 'projected_cost', 'parser', 'dry_run', 'do_command', 'main']
 
 # %% ../nbs/07_study.ipynb #07-study-003
 import argparse, heapq, json, math, multiprocessing, os, shutil, signal, sys, tempfile, threading, traceback, warnings
@@ -623,18 +623,31 @@ def dry_run(configs: Sequence[RunConfig], jobs: int):
     try: print(projected_cost(todo, here, jobs=jobs).to_string(index=False, float_format="%.2f"))
     except ValueError as e: print(f"Cost: {e}")
 
-def main(argv: Sequence[str] | None = None, # of the command line; None: this process's
-         ) -> int:                          # exit code: 0, 1 where a run failed, 130 where it was stopped
-    "The command `dli-study`."
-    a = parser().parse_args(argv)
+def do_command(a: argparse.Namespace) -> int: # exit code
+    "What `dli-study` does with its arguments."
     names = list(STUDIES) if "all" in a.studies else a.studies
     wanted = study_configs(names, a.preset, a.encoders, a.folds, a.partitions)
     configs = resolve_all(replace(c, dataset=a.dataset, out=a.out) for c in wanted)
-    if a.dry_run: return dry_run(configs, a.jobs or default_jobs(a.threads)) or 0
+    if a.dry_run:
+        dry_run(configs, a.jobs or default_jobs(a.threads))
+        return 0
     code = 0
     try: runs = run_matrix(configs, a.jobs, a.threads, a.engine)
-    except FailedRuns as e: runs, code = e.runs, print(e, file=sys.stderr) or 1
-    except KeyboardInterrupt: return print("stopped; the same command continues", file=sys.stderr) or 130
+    except FailedRuns as e:
+        print(e, file=sys.stderr)
+        runs, code = e.runs, 1
     print(f"{len(runs)} of {len(configs)} runs have a row")
     if a.publish: print(f"{len(publish(runs))} of them are in {RESULTS}")
+    return code
+
+def main(argv: Sequence[str] | None = None, # of the command line; None: this process's
+         ) -> int:                          # 0; 1: a run failed, 2: wrong arguments or no data, 130: stopped
+    "The command `dli-study`."
+    try: return do_command(parser().parse_args(argv))
+    except KeyboardInterrupt: message, code = "stopped; the same command continues", 130
+    except BrokenPipeError:  # whoever read the output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as e: message, code = f"dli-study: {e}", 2
+    print(message, file=sys.stderr)
     return code

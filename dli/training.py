@@ -18,11 +18,12 @@ __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES'
            'save_state', 'show_progress', 'fit', 'legend_name', 'plot_curve', 'median_images', 'draw_outline',
            'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches',
            'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances',
-           'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'run', 'load_model', 'notebook_config']
+           'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'usual_defaults', 'run', 'load_model',
+           'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache, reduce
@@ -562,7 +563,7 @@ def run_samples(config: RunConfig):
 def run_loss(config: RunConfig, train: Samples) -> nn.Module:
     "The method's loss, with class counts of the training part where it wants them."
     labels, pixels = train.label, train.masks.reshape(-1)
-    return make_loss(config.loss, dice=config.dice,
+    return make_loss(config.loss, dice=config.dice, classes=len(train.classes),
                      images_per_class=np.bincount(labels, minlength=len(train.classes) + 1)[1:],
                      pixels_per_class=np.bincount(pixels, minlength=len(train.classes) + 1)[1:])
 
@@ -1147,6 +1148,15 @@ def read_row(folder: Path) -> dict:
     except (ValueError, RecursionError) as e: raise ValueError(f"{folder / 'row.json'} can't be read ({e}): delete it to train again") from e
 
 # %% ../nbs/06_training.ipynb #06-training-142
+@contextmanager
+def usual_defaults():
+    "In the `with` block new tensors are float32 and on the CPU, whatever PyTorch's defaults have been set to."
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"): yield
+    finally: torch.set_default_dtype(dtype)
+
 def run(config: RunConfig,      # what to do
         progress: bool = True,  # show a bar, and in the first line which fold, partition and seed it is
         device: str | torch.device | None = None,  # "cpu", "cuda", "mps"; None: the GPU where there is one
@@ -1159,7 +1169,8 @@ def run(config: RunConfig,      # what to do
     if progress: print(f"{config.method} on {config.dataset}, {place}: {folder.name}")
     if not (folder / "row.json").exists():
         with locked(folder):
-            if not (folder / "row.json").exists(): complete(config, folder, progress, device)
+            with usual_defaults():
+                if not (folder / "row.json").exists(): complete(config, folder, progress, device)
     row = read_row(folder)
     if not isinstance(row, dict) or row.get("key") != run_key(config):
         raise ValueError(f"{folder / 'row.json'} is not the row of this run (key {run_key(config)}): delete it to train again")

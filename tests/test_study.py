@@ -783,3 +783,16 @@ def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
     if kill: assert seen[head] & seen[other], "the killed node's run was done again by the other"
     alone = run_matrix(place(configs, tmp_path / "local"), jobs=2, progress=False)
     pd.testing.assert_frame_equal(without_times(runs), without_times(alone))
+
+
+def test_wrong_arguments_end_in_a_sentence(capsys):
+    assert study.main(["table2", "--folds", "7", "--dataset", "synthetic", "--dry-run"]) == 2
+    assert "fold=7: expected a number from 0 to 4" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    code = "import sys; from dli.study import main; sys.exit(main(['all', '--preset', 'smoke', '--dataset', 'synthetic', '--dry-run']))"
+    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and process.wait() == 0

@@ -31,6 +31,9 @@ def config(**kwargs):
     return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs))
 
 
+save_pictures = training.save_pictures
+
+
 def no_pictures(done, val, folder): pass
 
 
@@ -52,6 +55,13 @@ def test_every_method_leaves_a_row(method, tmp_path):
     assert scores(counts, classes)["iou_macro"] == row["iou_macro"]
     injected = sum(v for k, v in row.items() if k.startswith("injected_"))
     assert (injected > 0) == (METHODS[method].inject is not None)
+
+
+def test_a_picture_that_fails_costs_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "plot_curve", lambda *a: 1 / 0)
+    monkeypatch.setattr(training, "save_pictures", save_pictures)
+    with pytest.warns(UserWarning, match="curve.png is not drawn: ZeroDivisionError"): row = run(config(out=str(tmp_path)), progress=False)
+    assert row["iou_macro"] is not None and (run_folder(config(out=str(tmp_path))) / "predictions.png").exists() and not plt.get_fignums()
 
 
 def test_pictures_are_left(tmp_path):
@@ -274,6 +284,31 @@ def test_trains_on_cuda(method, tmp_path):
     row = run(config(method=method, steps=20, out=str(tmp_path)), progress=False)
     curve = pd.read_csv(run_folder(config(method=method, steps=20, out=str(tmp_path))) / "curve.csv")
     assert row["device"] == "cuda" and curve["loss"].iloc[-1] < curve["loss"].iloc[0]
+
+
+@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_gpu_is_used_where_there_is_one(cuda, mps, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert training.default_device() == torch.device(expected)
+    assert training.network_dtype(torch.device("mps")) == torch.float32
+    assert training.memory_format("resnet18", torch.device("mps")) == torch.contiguous_format
+
+
+def test_a_device_is_chosen_by_name(tmp_path):
+    assert run(config(out=str(tmp_path)), progress=False, device="cpu")["device"] == "cpu"
+    with pytest.raises(ValueError, match="device='gpu' can't be used here"): run(config(out=str(tmp_path), seed=3), progress=False, device="gpu")
+
+
+def test_torchs_defaults_change_no_bit(tmp_path, unstopped):
+    "Whatever the process has set as default number format and device, a run is the same."
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try: run(config(out=str(tmp_path)), progress=False, device="cpu")
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert outcome(config(out=str(tmp_path))) == unstopped
 
 
 class NoStream:
