@@ -186,7 +186,8 @@ def test_one_run_has_one_key_whatever_the_spelling(spelling, plain):
 def test_a_config_is_made_without_disk_or_network(monkeypatch):
     for name in ("resolve_dataset", "data_fingerprint", "file_hash"):
         monkeypatch.setattr(training, name, lambda *a: pytest.fail("a config looked at the machine"))
-    RunConfig(weights="/no/such/file.pth", dataset="auto")
+    c = RunConfig(weights="/no/such/file.pth", dataset="auto")
+    assert c.weights == "/no/such/file.pth" and c.data is None and c.weights_hash is None
 
 
 def test_resolving_settles_what_the_machine_knows(tmp_path, monkeypatch):
