@@ -424,13 +424,12 @@ def test_unknown_studies_are_refused():
 def test_what_auto_means_is_decided_once(monkeypatch):
     asked = []
 
-    def resolve_noted(c):
-        asked.append(c.dataset)
-        return resolve(replace(c, dataset="synthetic"))
-    monkeypatch.setattr(study, "resolve", resolve_noted)
+    def decide(name, fallback=True):
+        asked.append((name, fallback))
+        return "synthetic"
+    monkeypatch.setattr(study, "resolve_dataset", decide)
     resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
-    assert asked.count("auto") == 1 and {c.dataset for c in resolved} == {"synthetic"}
-    assert [c.fold for c in resolved] == [0, 1, 2]
+    assert asked == [("auto", False)] and {c.dataset for c in resolved} == {"synthetic"}
 
 
 # The matrix
