@@ -793,8 +793,9 @@ def test_any_text_is_a_class_a_name_and_a_part(classes, texts, parts):
 @pytest.mark.parametrize("text", ["a$\\frac$", "$", "_a", "\udce9", "\x07", "a\nb", "\u65b0", ""])
 def test_pictures_show_any_text(text):
     samples = made(table_tile=[f"{text}{i // 2}" for i in range(30)], table_class=TABLE["class"].replace({"A": f"{text}A"}), classes=(f"{text}A", "B"))
-    data.show_samples(samples, slice(9, 12)).canvas.draw()
-    data.show_samples(samples, [0], titles=[text]).canvas.draw()
+    three, one = data.show_samples(samples, slice(9, 12)), data.show_samples(samples, [0], titles=[text])
+    for figure in (three, one): figure.canvas.draw()
+    assert sum(bool(ax.images) for ax in three.axes) == 3 and one.axes[0].get_title() == data.drawable(text)
 
 
 # ---- tables on disk -------------------------------------------------------------------------------------------------------
