@@ -55,6 +55,7 @@ def read_mask(
     sizes: tuple,  # the sizes (width, height) it may have, pixels
     classes: int,  # K
     shape: tuple[int, int],  # of the result: height, width, pixels
+    ignore_index: int | None = None,  # the truth's value for pixels that count for nothing: no class, either
 ) -> np.ndarray:  # uint8 (H, W), 0..K
     "Read an index mask, resized as the photographs are (nearest). Raises ValueError that says what is wrong with it."
     try:
@@ -69,6 +70,7 @@ def read_mask(
     if mask is None: raise ValueError(f"expected one channel of class indices, got an image of mode {mode}")
     strange = sorted(set(np.unique(mask).tolist()) - set(range(classes + 1)))
     hint = "; white for a defect? Write the index of its class" if strange == [255] else ""
+    if ignore_index in strange: hint = "; a prediction ignores nothing: write 0 where the truth is ignored"
     shown = ", ".join(map(str, strange[:3])) + " ..." * (len(strange) > 3)
     if strange: raise ValueError(f"expected values 0..{classes}, got {shown}{hint}")
     return cv2.resize(mask.astype(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST)
@@ -104,7 +106,7 @@ def read_predictions(
             problems.append(f"{name}.png: " + (f"expected one file, got {' and '.join(files)}" if files else "missing"))
             continue
         sizes = tuple(dict.fromkeys([shape[::-1], (width, height)]))
-        try: masks.append(read_mask(folder / files[0], sizes, k, shape))
+        try: masks.append(read_mask(folder / files[0], sizes, k, shape, samples.ignore_index))
         except ValueError as error: problems.append(f"{files[0]}: {error}")
     unknown = sorted(f for name in found.keys() - known for f in found[name] if not Path(f).name.startswith("."))
     problems += [f"{file}: unknown; the dataset has no image of that name" for file in unknown]
@@ -160,7 +162,7 @@ def score_counts(
     parts = []
     for start in range(0, len(chosen), 64):
         sure = 100 * (2.0 * one_hot(torch.from_numpy(masks[start:start + 64]), len(chosen.classes)) - 1)
-        counts = count_batch(sure, torch.from_numpy(chosen.masks[start:start + 64]))
+        counts = count_batch(sure, torch.from_numpy(chosen.masks[start:start + 64]), chosen.ignore_index)
         parts.append(counts_table(chosen.table.iloc[start:start + 64], counts, chosen.classes))
     return pd.concat(parts, ignore_index=True)
 

@@ -7,18 +7,19 @@ __all__ = ['TABLE_COLUMNS', 'FREE', 'MT_CLASSES', 'MT_URL', 'IMAGE_SUFFIXES', 'O
            'REAL_COUNTS', 'FOLDS', 'LEAST_PER_CLASS', 'LEAST_SYNTHETIC', 'DATASETS', 'SYNTHETIC_VERSION', 'PROTOCOLS',
            'listed', 'check_classes', 'as_text', 'same_name', 'check_names', 'check_parts', 'check_usable',
            'check_sizes', 'special', 'check_table', 'as_array', 'image_advice', 'check_images', 'value_advice',
-           'check_masks', 'find_shown', 'check_story', 'check_samples', 'lost_text', 'Samples', 'trusted', 'cut',
-           'draw_contours', 'drawable', 'show_samples', 'all_whole', 'csv_bytes', 'header_of', 'read_table',
-           'read_index', 'cache_folder', 'find_magnetic_tiles', 'DamagedDataset', 'list_images', 'expected_files',
-           'class_folder', 'missing_files', 'extra_files', 'explain_difference', 'changed_files', 'find_problems',
-           'damage_report', 'verify_magnetic_tiles', 'DownloadError', 'BrokenDownload', 'open_remote', 'download',
-           'unpack', 'install_archive', 'one_at_a_time', 'fetch_magnetic_tiles', 'fetch_into', 'download_advice',
-           'decode', 'decode_all', 'magnetic_tiles', 'streaks', 'clouds', 'edge_shade', 'blob', 'marks',
-           'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray', 'uneven', 'defect_look', 'add_defect',
-           'photograph', 'synthetic_counts', 'exposures_per_tile', 'photograph_tile', 'synthetic_tiles',
-           'resolve_dataset', 'load_dataset', 'index_fingerprint', 'data_fingerprint', 'class_members', 'dataset_table',
-           'assign_folds', 'check_tiles', 'rarest_class', 'find_folds', 'place_empty', 'take_fraction', 'check_split',
-           'held_out', 'absent_classes', 'check_sides', 'split_samples']
+           'check_mark', 'find_marked', 'check_masks', 'find_shown', 'check_story', 'check_known', 'check_samples',
+           'lost_text', 'Samples', 'trusted', 'cut', 'draw_contours', 'drawable', 'show_samples', 'all_whole',
+           'csv_bytes', 'header_of', 'read_table', 'read_index', 'cache_folder', 'find_magnetic_tiles',
+           'DamagedDataset', 'list_images', 'expected_files', 'class_folder', 'missing_files', 'extra_files',
+           'explain_difference', 'changed_files', 'find_problems', 'damage_report', 'verify_magnetic_tiles',
+           'DownloadError', 'BrokenDownload', 'open_remote', 'download', 'unpack', 'install_archive', 'one_at_a_time',
+           'fetch_magnetic_tiles', 'fetch_into', 'download_advice', 'decode', 'decode_all', 'magnetic_tiles', 'streaks',
+           'clouds', 'edge_shade', 'blob', 'marks', 'clean_surface', 'blowhole', 'broken_edge', 'crack', 'fray',
+           'uneven', 'defect_look', 'add_defect', 'photograph', 'synthetic_counts', 'exposures_per_tile',
+           'photograph_tile', 'synthetic_tiles', 'resolve_dataset', 'load_dataset', 'index_fingerprint',
+           'data_fingerprint', 'class_members', 'dataset_table', 'assign_folds', 'check_tiles', 'rarest_class',
+           'find_folds', 'place_empty', 'take_fraction', 'check_split', 'held_out', 'absent_classes', 'check_sides',
+           'split_samples']
 
 # %% ../nbs/00_data.ipynb #00-data-003
 import csv
@@ -267,11 +268,33 @@ def value_advice(
     "What a value that is no class most likely means."
     if value == 255:
         return ("255 is white for a defect (write the number of its class), "
-                "or marks pixels to ignore (crop them away, or write 0)")
+                "or marks pixels that count for nothing (pass ignore_index=255)")
     if 0 < value < 1 and abs(255 * value - round(255 * value)) < 1e-3:
         return (f"that is {round(255 * value)} / 255: ToTensor divides masks, too. "
                 "Multiply them by 255 and round, or read them as whole numbers")
     return f"write 0 for no defect and 1..{len(classes)} for the classes {classes}"
+
+# %% ../nbs/00_data.ipynb #5d1e90a2
+def check_mark(
+    ignore_index: int | None,  # expected: None, or a whole number in K + 1 .. 255
+    classes: tuple[str, ...],  # K names
+) -> int | None:
+    "The value of pixels that count for nothing. Raises TypeError or ValueError."
+    if ignore_index is None: return None
+    if isinstance(ignore_index, (bool, np.bool_)) or not isinstance(ignore_index, (int, np.integer)):
+        raise TypeError(f"ignore_index: expected a whole number such as 255, or None, got {ignore_index!r}")
+    if not len(classes) < ignore_index < 256:
+        raise ValueError(f"ignore_index: expected a value that masks have for no class, in {len(classes) + 1}..255, "
+                         f"got {ignore_index}; masks are kept as bytes, so write 255 in them, and ignore_index=255")
+    return int(ignore_index)
+
+def find_marked(
+    masks: np.ndarray,  # whole numbers, of any shape
+    ignore_index: int | None,
+) -> np.ndarray:  # bool, like masks
+    "Which pixels count for nothing."
+    return np.zeros(masks.shape, bool) if ignore_index is None else masks == ignore_index
+
 
 # %% ../nbs/00_data.ipynb #00-data-182
 def check_masks(
@@ -279,7 +302,8 @@ def check_masks(
     names: pd.Series,  # of the images
     shape: tuple[int, int, int],  # of the images: (N, H, W)
     classes: tuple[str, ...],  # K names
-) -> np.ndarray:  # uint8 (N, H, W): 0 background, 1..K
+    ignore_index: int | None = None,  # of `check_mark`
+) -> np.ndarray:  # uint8 (N, H, W): 0 background, 1..K, or `ignore_index`
     "The masks. Raises TypeError or ValueError that names the images and says what their values mean."
     masks = as_array(masks, "masks", names)
     if masks.shape in ((*shape, 1), (shape[0], 1, *shape[1:])): masks = masks.reshape(shape)
@@ -289,6 +313,7 @@ def check_masks(
                          f"{masks.shape}{hint}")
     if masks.dtype.kind not in "buif": raise TypeError(f"masks: expected whole numbers, got {masks.dtype}")
     flat = masks.reshape(len(masks), -1)
+    if ignore_index is not None: flat = np.where(flat == ignore_index, 0, flat)
     wrong = (flat.max(1) > len(classes)) | (flat.min(1) < 0)
     if masks.dtype.kind == "f": wrong |= (flat != np.rint(flat)).any(1)
     if wrong.any():
@@ -334,19 +359,37 @@ def check_story(
                          f"{listed(names, wrong)}: mend the mask, call the image {FREE!r}, or set usable to False")
     return lost
 
+# %% ../nbs/00_data.ipynb #5d1e90a4
+def check_known(
+    table: pd.DataFrame,  # of `check_table`
+    masks: np.ndarray,  # of `check_masks`
+    ignore_index: int | None,  # of `check_mark`
+) -> None:
+    "Raise a ValueError that names the usable images of which no pixel counts: nothing can be learnt or scored there."
+    if ignore_index is None: return
+    wrong = (masks == ignore_index).all((1, 2)) & table["usable"].to_numpy()
+    if wrong.any():
+        raise ValueError(f"masks: expected a pixel that counts in each usable image, none in "
+                         f"{listed(table['name'], wrong)}: all are {ignore_index} (ignore_index); set usable to False")
+
+
 # %% ../nbs/00_data.ipynb #00-data-187
 def check_samples(
     images,  # see `check_images`
     masks,  # see `check_masks`
     table,  # see `check_table`
     classes,  # see `check_classes`
-) -> tuple[dict, np.ndarray]:  # these four in their plain form; bool (N,): lost defects, see `check_story`
+    ignore_index=None,  # see `check_mark`
+) -> tuple[dict, np.ndarray]:  # these five in their plain form; bool (N,): lost defects, see `check_story`
     "Check everything that makes a `Samples`. Raises TypeError or ValueError."
     classes = check_classes(classes)
     table = check_table(table, classes)
     images = check_images(images, table["name"])
-    masks = check_masks(masks, table["name"], images.shape[:3], classes)
-    return dict(images=images, masks=masks, table=table, classes=classes), check_story(table, masks, classes)
+    ignore_index = check_mark(ignore_index, classes)
+    masks = check_masks(masks, table["name"], images.shape[:3], classes, ignore_index)
+    check_known(table, masks, ignore_index)
+    fields = dict(images=images, masks=masks, table=table, classes=classes, ignore_index=ignore_index)
+    return fields, check_story(table, masks, classes)
 
 def lost_text(names, lost):
     "The warning about defects that are gone."
@@ -358,13 +401,14 @@ def lost_text(names, lost):
 class Samples:
     "Images with their masks and a table of what is known about them; indexing gives another `Samples`."
     images: np.ndarray  # uint8 (N, H, W), or (N, H, W, 3)
-    masks: np.ndarray  # uint8 (N, H, W): 0 background, k = classes[k - 1]
+    masks: np.ndarray  # uint8 (N, H, W): 0 background, k = classes[k - 1], or `ignore_index`
     table: pd.DataFrame  # a row per image, columns `TABLE_COLUMNS`
     classes: tuple[str, ...]  # the K defect classes
     source: str  # where it comes from: "magnetic-tiles", "synthetic", ...
+    ignore_index: int | None = None  # the masks' value for pixels that count for nothing, such as 255; None: none do
 
     def __post_init__(self):
-        fields, lost = check_samples(self.images, self.masks, self.table, self.classes)
+        fields, lost = check_samples(self.images, self.masks, self.table, self.classes, self.ignore_index)
         for name, value in fields.items(): object.__setattr__(self, name, value)
         if lost.any(): warnings.warn(lost_text(self.table["name"], lost), stacklevel=3)
 
@@ -393,7 +437,7 @@ class Samples:
 # %% ../nbs/00_data.ipynb #00-data-189
 def trusted(
     source: str,  # as in `Samples`
-    **fields,  # the other four, already checked
+    **fields,  # the others, already checked
 ) -> Samples:
     "Samples without a new check."
     samples = Samples.__new__(Samples)
@@ -411,19 +455,26 @@ def cut(
         if idx.ndim > 1: raise IndexError(f"expected one number per image, got an array {idx.shape}")
     images, masks = (np.ascontiguousarray(a[idx]) for a in (samples.images, samples.masks))
     table = samples.table.iloc[idx].reset_index(drop=True)
-    return trusted(samples.source, images=images, masks=masks, table=table, classes=samples.classes)
+    return trusted(samples.source, images=images, masks=masks, table=table, classes=samples.classes,
+                   ignore_index=samples.ignore_index)
 
 # %% ../nbs/00_data.ipynb #00-data-017
 def draw_contours(
     ax: plt.Axes,  # drawn into
     mask: np.ndarray,  # integer (H, W): 0 background, k = class k
     linewidth: float = 0.9,  # points
+    ignore_index: int | None = None,  # the value of pixels that count for nothing; None: there are none
 ) -> None:
-    "Outline every class of `mask`, in the k-th colour of matplotlib's default cycle (skipping its blue)."
+    """Outline every class of `mask`, in the k-th colour of matplotlib's default cycle (skipping its blue).
+
+    Pixels that count for nothing are outlined by grey dots."""
     padded = np.pad(mask, 1)
     edges = np.arange(-1, mask.shape[0] + 1), np.arange(-1, mask.shape[1] + 1)
-    for k in np.unique(mask[mask > 0]):
+    for k in np.unique(mask[(mask > 0) & ~find_marked(mask, ignore_index)]):
         ax.contour(edges[1], edges[0], padded == k, levels=[0.5], colors=f"C{k}", linewidths=linewidth)
+    marked = np.pad(find_marked(mask, ignore_index), 1)
+    if marked.any(): ax.contour(*edges[::-1], marked, levels=[0.5], colors="0.6", linewidths=linewidth,
+                                  linestyles=":")
 
 # %% ../nbs/00_data.ipynb #00-data-194
 def drawable(
@@ -449,7 +500,7 @@ def show_samples(
     for ax in axes.flat: ax.axis("off")
     for ax, image, mask, title in zip(axes.flat, chosen.images, chosen.masks, titles):
         ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-        draw_contours(ax, mask)
+        draw_contours(ax, mask, ignore_index=samples.ignore_index)
         ax.set_title(drawable(title), fontsize=7, parse_math=False)
     fig.tight_layout(pad=0.3)
     plt.close(fig)
@@ -1128,11 +1179,12 @@ def dataset_table(
     samples: Samples,  # any
 ) -> pd.DataFrame:  # a row per class: images, tiles, empty masks, defect area % (mean, population deviation)
     "The paper's dataset table (Sec. 4.1), with the number of tiles and of defective images without a defect pixel."
-    rows = {}
+    rows, marked = {}, find_marked(samples.masks, samples.ignore_index)
+    known = np.maximum((~marked).sum((1, 2)), 1)  # pixels of each image that count
     for k, (name, own) in enumerate(zip((FREE, *samples.classes), class_members(samples).T)):
         rows[name] = dict(images=own.sum(), tiles=samples.table["tile"][own].nunique())
         if k > 0 and own.any():
-            area = 100 * (samples.masks[own] == k).mean(axis=(1, 2))
+            area = 100 * ((samples.masks[own] == k).sum(axis=(1, 2)) / known[own])
             rows[name] |= dict(empty=(area == 0).sum(), area=area.mean(), deviation=area.std())
     return pd.DataFrame(rows).T
 
@@ -1289,7 +1341,7 @@ def split_samples(
     if not clean_validation:
         val = val[~samples.clean[val]]
         train = np.union1d(train[~samples.clean[train]], np.flatnonzero(samples.clean))
-    if not keep_empty: train = train[samples.clean[train] | samples.masks[train].any((1, 2))]
+    if not keep_empty: train = train[samples.clean[train] | find_shown(samples.masks[train], samples.classes).any(1)]
     tiles = pd.factorize(samples.table["tile"])[0]
     if protocol == "tile": train = train[~np.isin(tiles[train], tiles[val])]
     groups = tiles if protocol == "tile" else np.arange(len(samples))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGET', 'PLACE', 'COMPARED', 'PRINTED_AS', 'METRIC_NOTE', 'ADMISSIBLE', 'STYLE', 'PRIMARY', 'TWICE', 'PARTITIONS',
            'EFFECT', 'WEAK', 'LINES', 'REPLICATED', 'SPLITS', 'PAIRS', 'POLICIES', 'CLEAN_SCORES', 'SEAMS_ONLY',
-           'SHORTCUT', 'SEAMS', 'LATEX', 'PARAMETERS', 'printed_values', 'printed_of', 'NoRows', 'one_budget',
+           'SHORTCUT', 'SEAMS', 'MARKED', 'LATEX', 'PARAMETERS', 'printed_values', 'printed_of', 'NoRows', 'one_budget',
            'matching', 'numbers_text', 'named_numbers', 'places_text', 'encoders_of', 'label_of', 'each_of',
            'epochs_text', 'training_text', 'budget_line', 'fold_counts', 'classes_of', 'whole_partitions',
            'scored_places', 'places_of', 'at_places', 'scored_rows', 'on_common_places', 'summary', 'common_places',
@@ -26,17 +26,19 @@ __all__ = ['BUDGET', 'PLACE', 'COMPARED', 'PRINTED_AS', 'METRIC_NOTE', 'ADMISSIB
            'policy_figure', 'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_groups', 'ladder_rows',
            'ladder_table', 'draw_reported', 'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text',
            'fig2_histogram', 'telling_step', 'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline',
-           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'markdown_text',
-           'latex_text', 'save_table', 'save_figure', 'save_artifact', 'draw_artifact', 'verdict_text', 'counted',
-           'comparison_text', 'best_text', 'leak_text', 'lead_text', 'weak_text', 'missing_text', 'study_runs',
-           'notebook_runs']
+           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'plain_lines',
+           'markdown_line', 'markdown_cell', 'markdown_text', 'latex_cell', 'latex_text', 'save_table', 'save_figure',
+           'save_artifact', 'draw_artifact', 'verdict_text', 'counted', 'comparison_text', 'best_text', 'leak_text',
+           'lead_text', 'weak_text', 'missing_text', 'study_runs', 'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +50,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Patch
 
-from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, load_dataset
+from .data import FOLDS, FREE, Samples, dataset_table, draw_contours, drawable, load_dataset
 from .injection import DonorPool, DynamicLabelInjection, InjectionPlan, class_presence, draw_plan
 from .metrics import Comparison, compare, influence, pooled_iou, scores, tile_counts
 from .models import ENCODERS
@@ -384,7 +386,7 @@ def readable(
     "x and x_deviation as one column `x ± y`, of one fold `x` alone; x, x_low and x_high as `+x [+l, +h]`."
     form, columns = table.attrs.get("form", ".3f"), {}
     for name in table:
-        if name.endswith(("_deviation", "_low", "_high")): continue
+        if any(name.removesuffix(end) in set(table) - {name} for end in ("_deviation", "_low", "_high")): continue
         spread, ends = f"{name}_deviation" in table, f"{name}_low" in table
         texts = [number_text(v, f"+{form}" if ends else form) for v in table[name]]
         if spread:
@@ -923,14 +925,16 @@ def draw_example(
     chosen: pd.Series,  # name, class, fold
     columns: dict[str, pd.DataFrame],  # title -> rows
     classes: int,
+    ignore_index: int | None = None,  # the mask's value for pixels that count for nothing
 ) -> None:
     "One row of a qualitative figure."
+    true = np.stack([mask == k + 1 for k in range(classes)])
     draw_regions(axs[0], image, mask)
-    axs[0].set_ylabel(chosen["class"], color=f"C{mask.max()}")
-    draw_regions(axs[1], image, np.zeros_like(mask), np.stack([mask == k + 1 for k in range(classes)]))
+    axs[0].set_ylabel(chosen["class"], color=f"C{np.where(true.any(0), mask, 0).max()}")
+    draw_regions(axs[1], image, np.where(true.any(0), 0, mask), true, ignore_index)
     for ax, rows in zip(axs[2:], columns.values()):
         row = rows[rows["fold"] == chosen["fold"]].iloc[0]
-        draw_regions(ax, image, mask, read_regions(row, chosen["name"]))
+        draw_regions(ax, image, mask, read_regions(row, chosen["name"]), ignore_index)
         ax.set_xlabel(number_text(image_iou(row, chosen["name"], chosen["class"]), ".2f"), fontsize=7, labelpad=1)
 
 # %% ../nbs/08_figures.ipynb #08-figures-078
@@ -951,7 +955,8 @@ def qualitative(
                                 squeeze=False)
     for axs, (_, chosen) in zip(axes, images.iterrows()):
         sample = samples[int(np.flatnonzero(samples.table["name"] == chosen["name"])[0])]
-        draw_example(axs, sample.images[0], sample.masks[0], chosen, columns, len(samples.classes))
+        draw_example(axs, sample.images[0], sample.masks[0], chosen, columns, len(samples.classes),
+                     samples.ignore_index)
     for ax, title in zip(axes[0], titles): ax.set_title(title)
     text = (f"{text}. Filled, in the colour of the class: predicted; white outline: true; the number is the image's "
             f"IoU of its class. "
@@ -1450,10 +1455,11 @@ def draw_photo(
     ax: plt.Axes,  # drawn into
     image: torch.Tensor,  # uint8 (C, H, W)
     mask: torch.Tensor,  # integer (H, W)
+    ignore_index: int | None = None,  # its value for pixels that count for nothing
 ) -> None:
     "A photograph with the outline of its label."
     ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    draw_contours(ax, mask.numpy(), linewidth=1)
+    draw_contours(ax, mask.numpy(), linewidth=1, ignore_index=ignore_index)
 
 def connect(
     figure: Figure,  # drawn into
@@ -1516,7 +1522,7 @@ def fig1_pipeline(
                                 width_ratios=[1] * batch_size + [1.1])
     for ax in axes[:, :-1].flat: ax.set_axis_off()
     for row, (x, y) in zip(axes[::2], ((images, masks), after)):
-        for ax, image, mask in zip(row, x, y): draw_photo(ax, image, mask)
+        for ax, image, mask in zip(row, x, y): draw_photo(ax, image, mask, train.ignore_index)
         draw_counts(row[-1], y, train.classes)
     draw_injections(figure, axes[:, :-1], pool, plan)
     finish_pipeline(axes)
@@ -1600,21 +1606,47 @@ def fig8_blends(
                            f"surrounds the defect, at one scale.")
 
 # %% ../nbs/08_figures.ipynb #08-figures-133
+MARKED = re.compile(r"[\\`*<~$^]|(?<![^\W_])_|_(?![^\W_])|&(?=[#\w])|!(?=\[)|\[(?=[\^@!])|\](?=[(\[{:])|:(?=//)"
+                    r"|(?<=www)\.", re.IGNORECASE)  # an _ within a word is none, nor is a [ that no link begins with
+
+def plain_lines(text: str) -> str:
+    "Text whose lines end in a line feed, without tabs, and with a mark in the place of what no file can hold."
+    return drawable(re.sub("\r\n?", "\n", str(text)).replace("\t", " "))
+
+def markdown_line(text: str) -> str:
+    "Text as a line of Markdown that shows it: what would be a mark there is none."
+    plain = MARKED.sub(lambda mark: "\\" + mark[0], text)
+    return re.sub(r"^(\s*)(?=[#>+=-])|^(\s*\d+)(?=[.)])", lambda start: f"{start[1] or start[2] or ''}\\", plain)
+
+def markdown_cell(text: str) -> str:
+    "Text as a cell of a Markdown table: a cell has one line, and | would end it."
+    plain = MARKED.sub(lambda mark: "\\" + mark[0], plain_lines(text)).replace("|", "&#124;").replace("\n", "<br>")
+    return re.sub(r"^\s|\s$", lambda space: f"&#{ord(space[0])};", plain)
+
 def markdown_text(table: pd.DataFrame) -> str:
     "A readable table with its heading and caption, in Markdown."
-    heading = f"**{table.attrs['heading']}**\n\n" if table.attrs.get("heading") else ""
-    lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return heading + "\n".join("| " + " | ".join(line) + " |"
-                               for line in lines) + f"\n\n{table.attrs.get('caption', '')}\n"
+    heading = f"**{markdown_cell(table.attrs['heading'])}**\n\n" if table.attrs.get("heading") else ""
+    rows = [[markdown_cell(text) for text in row] for row in (table.columns, *table.to_numpy())]
+    rows.insert(1, ["---"] * len(table.columns))
+    caption = "\n".join(map(markdown_line, plain_lines(table.attrs.get("caption", "")).split("\n")))
+    return heading + "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{caption}\n"
 
 LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}",
                                                           "~": r"\textasciitilde{}",
-                                                          "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+                                                          "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                                                          "|": r"\textbar{}", "`": r"\textasciigrave{}"})
+
+def latex_cell(text: str) -> str:
+    "Text as a cell of a LaTeX table: in one line, and no [ after the end of a row, where it would begin an option."
+    plain = " ".join(plain_lines(text).split("\n")).translate(LATEX)
+    return f"{{[}}{plain[1:]}" if plain.startswith("[") else plain
 
 def latex_text(table: pd.DataFrame) -> str:
     "The same in LaTeX (booktabs)."
     heading = f"{table.attrs['heading']}. " if table.attrs.get("heading") else ""
-    text = table.to_latex(index=False, escape=True, caption=(heading + table.attrs.get("caption", "")).translate(LATEX))
+    cells = table.map(latex_cell).rename(columns=latex_cell)
+    caption = plain_lines(heading + table.attrs.get("caption", "")).translate(LATEX)
+    text = cells.to_latex(index=False, escape=False, caption=caption)
     return text.replace("±", r"$\pm$")
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
@@ -1623,7 +1655,7 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
     text.attrs = table.attrs
     for suffix, content in ((".csv", table.to_csv(index=False)), (".md", markdown_text(text)),
                             (".tex", latex_text(text))):
-        Path(f"{path}{suffix}").write_text(content, encoding="utf-8")
+        Path(f"{path}{suffix}").write_bytes(content.encode("utf-8", "surrogatepass"))
 
 def save_figure(path: Path, figure: Figure) -> None:
     "Write .png and .pdf."
@@ -1645,7 +1677,8 @@ def save_artifact(
         return artifact
     save_table(folder / name, artifact)
     caption = ". ".join(filter(None, [artifact.attrs.get("heading"), artifact.attrs.get("caption", "")]))
-    return readable(artifact).style.hide(axis="index").set_caption(caption).set_uuid(name)
+    shown = readable(artifact).rename(columns=escape).style.format(escape="html").hide(axis="index")
+    return shown.set_caption(escape(caption, quote=False)).set_uuid(name)
 
 def draw_artifact(
     name: str,  # of the artifact: table1, fig3_iou_per_class, ...

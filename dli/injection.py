@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MT_TRANSFORMS', 'PLAN_TYPES', 'MASK_DTYPES', 'PATIENCE', 'COUNTING', 'PLAN_LIMITS', 'CHOICES', 'DonorTransform',
            'donor_room', 'donor_reach', 'Donor', 'crop_axis', 'central_pixel', 'cut_donor', 'mask_extent',
-           'default_margin', 'class_transforms', 'cut_donors', 'DonorPool', 'mask_values', 'find_clean',
+           'default_margin', 'class_transforms', 'hide_marked', 'cut_donors', 'DonorPool', 'mask_values', 'find_clean',
            'class_presence', 'pick_rarest', 'choose_labels', 'draw_donors', 'linear_map', 'fit_offset', 'land_anchors',
            'read_column', 'read_columns', 'InjectionPlan', 'describe_injection', 'draw_plan', 'target_windows',
            'crop_places', 'place_straight', 'place_turned', 'Placement', 'fit_patch', 'widen_rows', 'make_placement',
@@ -33,10 +33,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.ndimage import distance_transform_edt
 
 from .blending import (POISSON_DTYPES, bounding_box, check_tensor, copy_batch, cut_paste, outside_compiler, poisson_blend_image,
                           poisson_patches)
-from .data import Samples, draw_contours, drawable
+from .data import Samples, draw_contours, drawable, find_marked
 
 # %% ../nbs/02_injection.ipynb #02-injection-009
 @dataclass(frozen=True)
@@ -164,15 +165,32 @@ def class_transforms(
         raise ValueError(f"transforms: expected class names out of {classes}, got {unknown}")
     return [(MT_TRANSFORMS if transforms is None else transforms).get(c, DonorTransform()) for c in classes]
 
+# %% ../nbs/02_injection.ipynb #6b2c40d2
+def hide_marked(
+    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
+    mask: np.ndarray,  # uint8 (H, W)
+    ignore_index: int | None,  # the mask's value for pixels that count for nothing; None: there are none
+) -> np.ndarray:  # like image; the same where nothing is marked
+    "Marked pixels show the nearest background pixel; where there is no background, the nearest that is known."
+    marked = find_marked(mask, ignore_index)
+    if not marked.any(): return image
+    known = mask == 0 if (mask == 0).any() else ~marked
+    y, x = distance_transform_edt(~known, return_distances=False, return_indices=True)
+    shown = image.copy()
+    shown[marked] = image[y[marked], x[marked]]
+    return shown
+
+
 # %% ../nbs/02_injection.ipynb #02-injection-030
 def cut_donors(
     samples: Samples,  # the training part
     transforms: list[DonorTransform],  # one per class
     margin: int,  # pixels
 ) -> list[Donor]:
-    "A donor per image and class present in its mask."
+    "A donor per image and class present in its mask. Pixels that count for nothing show background, see `hide_marked`."
     donors = []
     for image, mask, name in zip(samples.images, samples.masks, samples.table["name"]):
+        image = hide_marked(image, mask, samples.ignore_index)
         for k in np.flatnonzero(np.bincount(mask.ravel())[1:len(transforms) + 1]) + 1:
             donors.append(cut_donor(image, mask == k, transforms[k - 1], margin, str(name), int(k)))
     return donors
@@ -191,7 +209,7 @@ class DonorPool:
         "Raises ValueError when the samples hold no defect, or a transform is named after no class; TypeError for other types."
         if not isinstance(samples, Samples):
             raise TypeError(f"DonorPool: expected Samples (images, masks and their table, see dli.data), got {type(samples).__name__}")
-        self.classes = tuple(samples.classes)
+        self.classes, self.ignore_index = tuple(samples.classes), samples.ignore_index
         self.size = tuple(samples.masks.shape[1:])
         self.channels = 1 if samples.images.ndim == 3 else 3
         self.margin = default_margin(self.size) if margin is None else margin
@@ -1011,11 +1029,12 @@ class InjectionChoices:
     mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
     region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, as the authors do
     grow_label: bool = False     # Poisson: label the margin too, as the authors do
-    ignore_index: int | None = None  # the masks' value for pixels that count for nothing; they keep it
+    ignore_index: int | None = None  # the masks' value for pixels that count for nothing; they keep it. None: the pool's
 
     @outside_compiler
     def __post_init__(self):
         check_choices(self)
+        if self.ignore_index is None: self.ignore_index = self.pool.ignore_index
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
         self.said = set()  # of warnings
         if impossible := find_impossible(self.pool, self.fill): warn_caller(impossible)
@@ -1141,9 +1160,11 @@ def check_shown(
     masks: torch.Tensor,  # (B, H, W)
     plan: InjectionPlan,
     classes: tuple[str, ...],  # class names
+    ignore_index: int | None = None,  # the masks' value for pixels that count for nothing
 ) -> None:
-    "Raise a ValueError when a plan names images or classes that are not there."
+    "Raise a ValueError when a plan names images or classes that are not there, or masks hold what is no class."
     check_columns(plan)
+    look_at(masks, len(classes), ignore_index)
     images = min(map(len, (before, after, masks)))
     check_numbers(plan, dict(target=(0, images - 1)), f"pass the batch of this plan, not {images} images")
     check_numbers(plan, dict(label=(1, len(classes))), f"pass the class names of the plan's pool, not {tuple(classes)}")
@@ -1156,10 +1177,11 @@ def show_batch(
     masks: torch.Tensor,  # (B, H, W), the masks returned
     plan: InjectionPlan,  # what was done
     classes: tuple[str, ...],  # class names
-    limit: int = 8,  # the first so many injections
+    limit: int = 8,  # injections shown at most
+    ignore_index: int | None = None,  # the masks' value for pixels that count for nothing; None: there are none
 ) -> Figure:
     "The clean targets of a batch, and what became of them. Raises ValueError when the plan is of another batch or other classes."
-    check_shown(before, after, masks, plan, classes)
+    check_shown(before, after, masks, plan, classes, ignore_index)
     n = min(len(plan), limit)
     fig, axes = plt.subplots(2, max(n, 1), figsize=(1.3 * max(n, 1), 3), dpi=80, squeeze=False)
     for ax in axes.flat:
@@ -1170,7 +1192,7 @@ def show_batch(
     for i, t in enumerate(plan.target[:n]):
         for ax, x in zip(axes[:, i], (before, after)):
             ax.imshow(x[t].detach().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255 if x.dtype == torch.uint8 else 1)
-        draw_contours(axes[1, i], masks[t].cpu().numpy(), linewidth=0.7)
+        draw_contours(axes[1, i], masks[t].cpu().numpy(), linewidth=0.7, ignore_index=ignore_index)
         title = f"{drawable(classes[plan.label[i] - 1])}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}"
         axes[0, i].set_title(title, fontsize=7, parse_math=False)
     fig.tight_layout(pad=0.3)

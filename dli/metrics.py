@@ -30,7 +30,7 @@ class Counts:
     fp: torch.Tensor  # int64 (B, K): predicted, not true
     fn: torch.Tensor  # int64 (B, K): true, not predicted
     p_max: torch.Tensor  # float32 (B, K): the largest probability
-    pixels: int  # H * W
+    pixels: torch.Tensor  # int64 (B,): that count; H * W where none is ignored
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-007
 def count_batch(
@@ -43,14 +43,16 @@ def count_batch(
     Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."""
     check_shapes(logits, masks)
     target = one_hot(masks, logits.shape[1], ignore_index)
-    known = logits.float()
-    if ignore_index is not None: known = known.masked_fill(find_ignored(masks, ignore_index)[:, None], SURE)
+    known, pixels = logits.float(), torch.full((len(masks),), masks[0].numel(), dtype=torch.int64, device="cpu")
+    if ignore_index is not None:
+        ignored = find_ignored(masks, ignore_index)
+        known, pixels = known.masked_fill(ignored[:, None], SURE), pixels - ignored.sum((1, 2)).cpu()
     p = known.sigmoid()
     p_max = p.amax((2, 3))
     if p_max.isnan().any(): raise ValueError("logits: expected numbers, got NaN. Has the training diverged?")
     if 0.5 < p_max.max() <= 0.7311: check_scale(logits)  # the sigmoid of 1: no logit is larger
     tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), target.flatten(2), mode="multilabel")
-    return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), masks[0].numel())
+    return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), pixels)
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-013
 def counts_table(
@@ -64,7 +66,8 @@ def counts_table(
                          f"{tuple(counts.tp.shape)}")
     kinds = dict(tp=counts.tp, fp=counts.fp, fn=counts.fn, p=counts.p_max.double().round(decimals=9))
     columns = {f"{kind}_{c}": values[:, k].numpy() for kind, values in kinds.items() for k, c in enumerate(classes)}
-    return table[["name", "class", "tile"]].reset_index(drop=True).assign(pixels=counts.pixels, **columns)
+    pixels = np.broadcast_to(np.asarray(counts.pixels), len(table))  # one number stands for all images
+    return table[["name", "class", "tile"]].reset_index(drop=True).assign(pixels=pixels, **columns)
 
 # %% ../nbs/05_metrics.ipynb #05-metrics-016
 def columns_of(
@@ -123,7 +126,10 @@ def alarm_scores(
     table: pd.DataFrame,  # of `counts_table`
     classes: Sequence[str],  # K names
 ) -> dict[str, float | None]:
-    "`clean_alarm`, `auroc_image`, `alarm_at_95`; None without clean images, and the last two without defective ones."
+    """`clean_alarm`, `auroc_image`, `alarm_at_95`; None without clean images, and the last two without defective ones.
+
+    Images of which no pixel counts are left out."""
+    table = table[table["pixels"] > 0]
     clean, p = (table["class"] == FREE).to_numpy(), columns_of(table, "p", classes).max(1)
     region = (columns_of(table, "tp", classes) + columns_of(table, "fp", classes)).max(1)
     alarmed = region * 5000 >= table["pixels"].to_numpy()  # 0.02 % = 1 / 5000

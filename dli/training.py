@@ -12,14 +12,14 @@ __all__ = ['AUTHORS', 'METHODS', 'QUICK', 'PRESETS', 'RECIPE', 'DRAWS', 'DTYPES'
            'float32_depthwise_gradients', 'SlicedAttention', 'slice_attention', 'fold_taps', 'fold_kernel', 'quarters',
            'Interleave', 'FoldedBlock', 'fold_decoder', 'predict', 'evaluate', 'run_samples', 'run_loss',
            'run_injection', 'torch_dtype', 'run_model', 'learning_rate', 'loss_of_batch', 'train_step', 'batches',
-           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'begin', 'timed', 'device_of',
-           'advance', 'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite', 'versions',
-           'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps', 'explained',
-           'save_state', 'show_progress', 'fit', 'legend_name', 'plot_curve', 'median_images', 'draw_outline',
-           'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches', 'with_patches',
-           'alarms_at_seams', 'project_root', 'run_folder', 'code_commit', 'fitted_scores', 'run_circumstances',
-           'make_row', 'locked', 'as_npz', 'complete', 'read_row', 'usual_defaults', 'run', 'load_model',
-           'notebook_config']
+           'convolution_weights', 'without_batch_counters', 'fused', 'GraphStep', 'Fit', 'origin_of', 'begin', 'timed',
+           'device_of', 'advance', 'settle', 'score', 'take_best', 'write_whole', 'run_tensors', 'check_finite',
+           'versions', 'made_by', 'save_checkpoint', 'read_checkpoint', 'restore', 'resume', 'evaluation_steps',
+           'explained', 'save_state', 'show_progress', 'fit', 'legend_name', 'plot_curve', 'median_images',
+           'draw_outline', 'draw_regions', 'plot_predictions', 'save_pictures', 'pack_regions', 'clean_patches',
+           'without_marked', 'with_patches', 'alarms_at_seams', 'project_root', 'run_folder', 'code_commit',
+           'fitted_scores', 'run_circumstances', 'make_row', 'locked', 'as_npz', 'complete', 'read_row',
+           'usual_defaults', 'run', 'load_model', 'notebook_config']
 
 # %% ../nbs/06_training.ipynb #06-training-003
 import hashlib, io, itertools, json, math, os, platform, subprocess, time, warnings
@@ -51,8 +51,8 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 import dli
-from .data import (DATASETS, PROTOCOLS, Samples, csv_bytes, data_fingerprint, drawable, load_dataset, resolve_dataset,
-                   show_samples, split_samples)
+from .data import (DATASETS, PROTOCOLS, Samples, csv_bytes, data_fingerprint, drawable, find_marked, find_shown,
+                   load_dataset, resolve_dataset, show_samples, split_samples)
 from .injection import CHOICES, DonorPool, DynamicLabelInjection, default_margin
 from .losses import Lovasz, SegmentationLoss, make_loss
 from .metrics import count_batch, counts_table, scores
@@ -546,7 +546,8 @@ def evaluate(model: nn.Module,     # logits (B, K, H, W) from normalised images
     device, parts = next(model.parameters()).device, []
     for start in range(0, len(samples), 32):
         images, masks = as_batch(samples, slice(start, start + 32), device)
-        parts.append(counts_table(samples.table.iloc[start:start + 32], count_batch(predict(model, images, dtype), masks), samples.classes))
+        counts = count_batch(predict(model, images, dtype), masks, samples.ignore_index)
+        parts.append(counts_table(samples.table.iloc[start:start + 32], counts, samples.classes))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/06_training.ipynb #06-training-067
@@ -563,12 +564,12 @@ def run_samples(config: RunConfig):
 def run_loss(config: RunConfig, train: Samples) -> nn.Module:
     "The method's loss, with class counts of the training part where it wants them."
     labels, pixels = train.label, train.masks.reshape(-1)
-    return make_loss(config.loss, dice=config.dice, classes=len(train.classes),
+    return make_loss(config.loss, dice=config.dice, classes=len(train.classes), ignore_index=train.ignore_index,
                      images_per_class=np.bincount(labels, minlength=len(train.classes) + 1)[1:],
-                     pixels_per_class=np.bincount(pixels, minlength=len(train.classes) + 1)[1:])
+                     pixels_per_class=np.bincount(pixels, minlength=len(train.classes) + 1)[1:len(train.classes) + 1])
 
 def run_injection(config: RunConfig, train: Samples):
-    "The method's `DynamicLabelInjection`, or None."
+    "The method's `DynamicLabelInjection`, or None. Pixels that count for nothing are those of the samples."
     if METHODS[config.method].inject is None: return None
     pool = DonorPool(train, margin=config.margin)
     return DynamicLabelInjection(pool, **{name: getattr(config, name) for name in INJECTION})
@@ -729,6 +730,10 @@ class Fit:
     source: str = ""                          # of the samples: a run goes on with those it began with
     graph: GraphStep | None = None          # the captured step, on a GPU
 
+def origin_of(samples: Samples) -> str:
+    "Where samples come from, and which pixels of them count for nothing."
+    return samples.source + ("" if samples.ignore_index is None else f", {samples.ignore_index} ignored")
+
 def begin(config: RunConfig, train: Samples, device: str | torch.device | None = None) -> Fit:
     "A run before its first step, on a device (None: the default one)."
     config, device = resolve(config, device), chosen_device(device)
@@ -736,7 +741,7 @@ def begin(config: RunConfig, train: Samples, device: str | torch.device | None =
     rate = torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, config.beta2), fused=True,
                                  capturable=device.type == "cuda")
-    return Fit(config, model, optimizer, run_injection(config, train), torch_dtype(config), source=train.source)
+    return Fit(config, model, optimizer, run_injection(config, train), torch_dtype(config), source=origin_of(train))
 
 # %% ../nbs/06_training.ipynb #06-training-087
 @contextmanager
@@ -996,15 +1001,21 @@ def draw_regions(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W), the truth
     regions: np.ndarray | None = None,  # bool (K, H, W); None: the photograph alone
+    ignore_index: int | None = None,  # the truth's value for pixels that count for nothing: they are grey
 ) -> None:
     "A photograph, the outline of the truth, and filled regions."
     ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     if regions is None: return
+    marked = find_marked(mask, ignore_index)
+    if marked.any():
+        regions = regions & ~marked
+        grey = np.where(marked, 0.6, np.nan)
+        ax.imshow(grey, cmap="gray", vmin=0, vmax=1, alpha=0.75, interpolation="nearest", zorder=1)
     for k, layer in enumerate(regions):
         if layer.any(): ax.imshow(np.where(layer, 1.0, np.nan), cmap=ListedColormap([f"C{k + 1}"]), alpha=0.75, interpolation="nearest", zorder=1)
-    draw_outline(ax, mask)
+    draw_outline(ax, np.where(marked, 0, mask))
 
 # %% ../nbs/06_training.ipynb #06-training-120
 @plt.rc_context(PLAIN_TEXT)
@@ -1015,8 +1026,9 @@ def plot_predictions(model: nn.Module, samples: Samples, counts: pd.DataFrame, d
     figure, axes = plt.subplots(2, len(index), figsize=(1.5 * len(index), 3.4), dpi=80, layout="constrained", squeeze=False)
     for (above, below), i, regions in zip(axes.T, index, found):
         image, mask = samples.images[i], samples.masks[i]
-        draw_regions(above, image, np.zeros_like(mask), np.stack([mask == k + 1 for k in range(len(samples.classes))]))
-        draw_regions(below, image, mask, regions)
+        true = np.stack([mask == k + 1 for k in range(len(samples.classes))])
+        draw_regions(above, image, np.where(true.any(0), 0, mask), true, samples.ignore_index)
+        draw_regions(below, image, mask, regions, samples.ignore_index)
         above.set_title(drawable(f"{samples.table['class'][i]}\n{samples.table['name'][i]}"), fontsize=7)
     handles = [Patch(color=f"C{k + 1}", label=legend_name(c)) for k, c in enumerate(samples.classes)]
     figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title_fontsize=7,
@@ -1036,11 +1048,14 @@ def save_pictures(done: Fit, val: Samples, folder: Path):
 
 # %% ../nbs/06_training.ipynb #06-training-124
 def pack_regions(model: nn.Module, samples: Samples, dtype: torch.dtype = torch.float32) -> np.ndarray: # uint8 (N, K, H, W / 8)
-    "Predicted regions (probability 0.5), eight pixels a byte; `np.unpackbits(regions, axis=-1)` gives them back."
+    """Predicted regions (probability 0.5), eight pixels a byte; `np.unpackbits(regions, axis=-1)` gives them back.
+
+    There is none on pixels that count for nothing."""
     device, parts = next(model.parameters()).device, []
     for start in range(0, len(samples), 32):
         logits = predict(model, as_batch(samples, slice(start, start + 32), device)[0], dtype)
-        parts.append(np.packbits((logits.sigmoid() >= 0.5).cpu().numpy(), axis=-1))
+        known = ~find_marked(samples.masks[start:start + 32], samples.ignore_index)
+        parts.append(np.packbits((logits.sigmoid() >= 0.5).cpu().numpy() & known[:, None], axis=-1))
     return np.concatenate(parts)
 
 # %% ../nbs/06_training.ipynb #06-training-127
@@ -1049,22 +1064,32 @@ def clean_patches(train: Samples, seed: int) -> Samples:
     clean = train.images[train.clean]
     defects = int((~train.clean).sum())
     chosen = torch.randint(len(clean), (defects,), generator=chance(seed, "patches", 0), device="cpu").numpy()
-    return replace(train[~train.clean], images=clean[chosen])
+    patches = replace(train[~train.clean], images=clean[chosen])
+    return without_marked(patches, train.masks[train.clean][chosen])
+
+def without_marked(patches: Samples, masks: np.ndarray) -> Samples: # uint8 (N, H, W): of the clean images
+    "Leave out of the outlines what counts for nothing in the clean images, and the patches of which nothing is left."
+    if patches.ignore_index is None: return patches
+    left = np.where(find_marked(masks, patches.ignore_index), patches.ignore_index, patches.masks)
+    shown = find_shown(left, patches.classes)[np.arange(len(left)), patches.label - 1]
+    return replace(patches[shown], masks=left[shown]) if shown.any() else patches[:0]
 
 def with_patches(train: Samples, val: Samples, seed: int, p_poisson: float) -> Samples:
     "The clean validation images, a clean patch of the training part injected into each."
     clean = val[val.clean]
     images, masks = as_batch(clean, slice(None))
-    inject = DynamicLabelInjection(DonorPool(clean_patches(train, seed)), p_poisson=p_poisson, fill="all")
-    images, _ = inject(images, torch.zeros_like(masks), generator=chance(seed, "patches", 1))
+    inject = DynamicLabelInjection(DonorPool(clean_patches(train, seed)), p_poisson=p_poisson, fill="all",
+                                   ignore_index=val.ignore_index)
+    images, _ = inject(images, masks, generator=chance(seed, "patches", 1))
     return replace(clean, images=(images[:, 0] if clean.images.ndim == 3 else images.permute(0, 2, 3, 1)).numpy())
 
 # %% ../nbs/06_training.ipynb #06-training-130
 def alarms_at_seams(done: Fit, train: Samples, val: Samples) -> dict[str, float | None]:
     "Share of the clean validation images alarmed once a clean patch is cut-pasted, and blended by Poisson, into each; None without clean images."
-    alarms = {}
+    alarms, seed, counts = {}, done.config.seed, done.counts[:0]
+    possible = val.clean.any() and train.clean.any() and len(clean_patches(train, seed))
     for blend, p_poisson in (("cutpaste", 0.0), ("poisson", 1.0)):
-        counts = evaluate(done.model, with_patches(train, val, done.config.seed, p_poisson), done.dtype) if val.clean.any() and train.clean.any() else done.counts[:0]
+        if possible: counts = evaluate(done.model, with_patches(train, val, seed, p_poisson), done.dtype)
         alarms[f"seam_alarm_{blend}"] = scores(counts, val.classes)["clean_alarm"]
     return alarms
 

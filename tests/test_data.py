@@ -1224,3 +1224,45 @@ def test_real_faults_are_named(linked):
     with pytest.raises(data.DamagedDataset) as error: data.magnetic_tiles(linked)
     for text in ("3 problems", "exp4_num_85602.jpg: truncated", "exp1_num_108719.png: missing", "expected 488 x 354 pixels, got 100 x 100"):
         assert text in str(error.value)
+
+
+# ---- pixels that count for nothing ---------------------------------------------------------------------------------
+
+def marked_fields(**changes):
+    masks = np.zeros((3, 8, 6), np.int64)
+    masks[0, 2:4, 2:4], masks[1, 2:4, 2:4], masks[:, :, 0] = 1, 2, 255
+    table = pd.DataFrame(dict(name=list("abc"), tile=range(3), exposure=1, width=6, height=8, usable=True) | {
+        "class": ["Ast", "Bug", "Free"]})
+    return dict(images=np.zeros((3, 8, 6), np.uint8), masks=masks, table=table, classes=("Ast", "Bug"), source="own",
+                ignore_index=255) | changes
+
+
+def test_samples_keep_what_they_ignore():
+    samples = data.Samples(**marked_fields())
+    assert samples.masks.dtype == np.uint8 and samples[1].ignore_index == samples[[2, 0]].ignore_index == 255
+    assert samples[samples.clean].masks[0, :, 0].tolist() == [255] * 8
+    assert data.Samples(**marked_fields(ignore_index=np.uint8(255))).ignore_index == 255
+    assert data.class_members(samples).tolist() == np.eye(3, dtype=bool)[[1, 2, 0]].tolist()
+    assert data.dataset_table(samples).loc["Ast", "area"] == 100 * 4 / 40
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    (dict(ignore_index=None), ValueError, r"values 0..2, got 255 in 'a', 'b', 'c'; .*pass ignore_index=255"),
+    (dict(ignore_index=254), ValueError, r"values 0..2, got 255 in 'a'"),
+    (dict(ignore_index=2), ValueError, r"ignore_index: .* in 3..255, got 2"),
+    (dict(ignore_index=-1), ValueError, r"ignore_index: .* got -1; masks are kept as bytes, so write 255"),
+    (dict(ignore_index=True), TypeError, "ignore_index: .* got True"),
+    (dict(ignore_index="255"), TypeError, "ignore_index: .* got '255'"),
+    (dict(classes=[f"c{i}" for i in range(255)]), ValueError, "ignore_index: expected a value that masks have for no"),
+    (dict(masks=np.full((3, 8, 6), 255)), ValueError, "a pixel that counts in each usable image, none in 'a', 'b', 'c'")])
+def test_what_is_ignored_is_checked(changes, error, words):
+    with pytest.raises(error, match=words): data.Samples(**marked_fields(**changes))
+
+
+def test_a_defect_that_is_ignored_altogether_is_none():
+    masks = marked_fields()["masks"]
+    masks[0][masks[0] == 1] = 255
+    with pytest.raises(ValueError, match="a defect in each usable image of a defect class, none in 'a'"):
+        data.Samples(**marked_fields(masks=masks))
+    table = marked_fields()["table"].assign(usable=[False, True, True])
+    assert data.dataset_table(data.Samples(**marked_fields(masks=masks, table=table))).loc["Ast", "empty"] == 1

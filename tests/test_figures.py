@@ -5,12 +5,14 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import lxml.html
+import markdown_it
 import numpy as np
 import pandas as pd
 import papermill
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
@@ -386,6 +388,43 @@ def test_captions_are_escaped_for_latex():
     table = pd.DataFrame(dict(x=["a"]))
     table.attrs["caption"] = "masks > 0 & a_b < 5 % of $1 #2"
     assert r"masks \textgreater{} 0 \& a\_b \textless{} 5 \% of \$1 \#2" in figures.latex_text(table)
+
+
+ANY_TEXT = st.text(st.one_of(st.characters(), st.sampled_from("|`<>*_~[](){}#&$^!\\\\ \n\t-+=:.w/1")), max_size=14)
+
+
+def read_markdown(text):
+    "The cells of the first table, and the paragraphs, as a reader sees them."
+    html = markdown_it.MarkdownIt("gfm-like", dict(linkify=False, html=True)).render(text)
+    page = lxml.html.fromstring(f"<div>{html}</div>")
+    def plain(node):
+        assert all(part.tag in ("br", "strong") for part in node.iterdescendants()), html
+        for part in node.iter("br"): part.tail = "\n" + (part.tail or "")
+        return node.text_content()
+    return [[plain(cell) for cell in row] for row in page.iter("tr")], [plain(p) for p in page.iter("p")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=3), ANY_TEXT)
+def test_any_text_is_read_back_from_markdown(rows, heading):
+    table = pd.DataFrame(rows, columns=["a_b", "x|*y*"])
+    table.attrs = dict(heading=heading, caption="# masks > 0, *_mean* <b> [a](b) of `iou_macro`")
+    cells, paragraphs = read_markdown(figures.markdown_text(table))
+    shown = lambda text: figures.plain_lines(text)
+    assert cells == [["a_b", "x|*y*"]] + [[shown(a), shown(b)] for a, b in rows]
+    assert paragraphs[-1] == table.attrs["caption"]
+    if heading.strip(): assert paragraphs[0].strip() == shown(heading).strip()
+
+
+@pytest.mark.parametrize("name, latex, html", [
+    ("a_b & c|d", r"a\_b \& c\textbar{}d", "a_b &amp; c|d"), ("<b>x</b>", r"\textless{}b\textgreater{}x", "&lt;b&gt;x&lt;/b&gt;"),
+    ("[x]", "{[}x]", "[x]"), ("two\nlines\n\nmore", "two lines  more", "two\nlines"), ("\\frac`$", r"\textbackslash{}frac\textasciigrave{}\$", "\\frac`$")])
+def test_any_text_is_right_in_latex_and_html(name, latex, html, tmp_path):
+    table = pd.DataFrame({"class": [name], name: ["1"]})
+    table.attrs = dict(heading=name, caption=name)
+    text, shown = figures.latex_text(table), figures.save_artifact("own", table, tmp_path).to_html()
+    assert text.count(latex) >= 3 - name.startswith("[") and "\n\n" not in text
+    assert shown.count(html) == 3 and "<b>" not in shown
 
 
 def test_images_are_the_lower_median(four):

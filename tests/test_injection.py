@@ -1286,3 +1286,29 @@ def test_cuda_agrees():
         (a, la), (b, lb) = inject.transform(images.cuda(), masks.cuda(), plan), inject.transform(images, masks, plan)
         assert a.is_cuda and torch.equal(la.cpu(), lb)
         torch.testing.assert_close(a.cpu(), b, atol=1e-6, rtol=0)
+
+
+def test_the_mark_of_the_pool_holds_unless_another_is_given():
+    plain = random_samples(0)
+    marked = Samples(plain.images, plain.masks, plain.table, plain.classes, "own", ignore_index=255)
+    pool = DonorPool(marked)
+    assert DynamicLabelInjection(pool).ignore_index == 255 and DynamicLabelInjection(DonorPool(plain)).ignore_index is None
+    assert DynamicLabelInjection(pool, ignore_index=-1).ignore_index == -1, "a loader may mark them otherwise"
+    for a, b in zip(pool.donors, DonorPool(plain).donors): assert (a.image == b.image).all() and (a.mask == b.mask).all()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_marked_beside_a_donor_does_not_reach_the_target(whole):
+    "Whatever the camera saw on marked pixels, the blends are the same to the bit; an image without background, too."
+    masks, rng = np.full((1, 16, 12), 255 if whole else 0, np.uint8), np.random.default_rng(0)
+    masks[0, 4:11, 3:10], masks[0, 6:9, 5:8] = 255, 1
+    images = rng.integers(60, 200, masks.shape).astype(np.uint8)
+    table = pd.DataFrame([("a", "A", 0, 1, 12, 16, True)], columns=["name", "class", "tile", "exposure", "width", "height", "usable"])
+    results = []
+    for grey in (0, 255):
+        shown = np.where(masks == 255, np.uint8(grey), images)
+        pool = DonorPool(Samples(shown, masks, table, ("A",), "own", ignore_index=255), {"A": DonorTransform(p=1, rotate=20)})
+        for p in (0.0, 1.0):
+            target, clean = torch.full((2, 1, 16, 12), 100, dtype=torch.uint8), torch.zeros(2, 16, 12, dtype=torch.uint8)
+            results += DynamicLabelInjection(pool, p_poisson=p, fill="all")(target, clean, seeded(0))
+    for a, b in zip(results[:4], results[4:]): assert torch.equal(a, b) and (a != a[0, 0, 0]).any()

@@ -58,7 +58,7 @@ def test_counts_by_loops(seed):
             assert [counts.tp[i, k], counts.fp[i, k], counts.fn[i, k]] == expected
             assert counts.p_max[i, k] == logits[i, k].sigmoid().max()
     assert counts.tp.dtype == counts.fp.dtype == counts.fn.dtype == torch.int64
-    assert counts.p_max.dtype == torch.float32 and counts.pixels == 64
+    assert counts.p_max.dtype == torch.float32 and (counts.pixels == 64).all()
 
 
 @given(seeds, st.sampled_from([torch.uint8, torch.int32]))
@@ -500,7 +500,20 @@ def test_ignored_pixels_are_not_counted(seed, ignore):
                          ignore_index=ignore)
     expected = count_batch(logits.masked_fill(ignored[:, None], -1e4), masks.masked_fill(ignored, 0))
     for name in ("tp", "fp", "fn", "p_max"): assert torch.equal(getattr(counts, name), getattr(expected, name))
-    assert counts.pixels == masks[0].numel()
+    assert torch.equal(counts.pixels, (~ignored).sum((1, 2))) and (expected.pixels == masks[0].numel()).all()
+
+
+def test_an_alarm_is_a_share_of_the_pixels_that_count():
+    "Two false pixels of 10,000 are just an alarm (1 of 5000); one is, where only half of the pixels count."
+    logits, masks = torch.full((4, 1, 100, 100), -9.0), torch.zeros(4, 100, 100, dtype=torch.uint8)
+    logits[:2, 0, 0, 0] = 9
+    masks[1:3, 50:], masks[3] = 255, 255
+    logits[2, 0, 50:] = 9  # on ignored pixels
+    table = pd.DataFrame(dict(name=list("abcd"), tile=range(4)) | {"class": ["Free"] * 4})
+    counts = counts_table(table, count_batch(logits, masks, ignore_index=255), ["A"])
+    assert counts["pixels"].tolist() == [10_000, 5000, 5000, 0]
+    alarm = lambda rows: scores(counts.iloc[rows], ["A"])["clean_alarm"]
+    assert [alarm([i]) for i in range(4)] == [0, 1, 0, None] and alarm([0, 1, 2, 3]) == 1 / 3
 
 
 def test_ignore_index_is_no_class():

@@ -15,7 +15,7 @@ import dli
 from dli.data import Samples, dataset_table, show_samples
 from dli.injection import InjectionPlan
 from dli.losses import LOSSES
-from dli.training import evaluate, pack_regions, plot_curve, plot_predictions
+from dli.training import RunConfig, evaluate, fit, make_row, pack_regions, plot_curve, plot_predictions, run_loss, with_patches
 
 SHAPES = st.tuples(st.sampled_from((24, 40, 64)), st.sampled_from((32, 48, 72)), st.sampled_from((1, 3)))
 CLASSES = st.sampled_from((("pitting",), ("a b", "Straße"), ("0", "$\\frac$", "_under")))
@@ -119,3 +119,91 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
     for figure in (plot_curve(curve, classes), plot_predictions(model, samples, found)):
         figure.canvas.draw()
         plt.close(figure)
+
+
+# ---- with pixels that count for nothing ---------------------------------------------------------------------------
+
+def marked_parts(shape: tuple[int, int, int], classes: tuple[str, ...], seed: int = 0) -> tuple[Samples, np.ndarray]:
+    "The same with a band of white pixels around each defect, and a strip at the left, marked by 255; and which they are."
+    samples = parts(*shape, classes, seed)
+    images, masks = samples.images.copy(), samples.masks.copy()
+    band = torch.nn.functional.max_pool2d(torch.from_numpy(masks).float()[:, None], 3, 1, 1)[:, 0].numpy() > 0
+    marked = (band | (np.arange(shape[1]) < 3)) & (masks == 0)
+    images[marked], masks[marked] = 255, 255
+    return Samples(images, masks, samples.table, classes, "own", ignore_index=255), marked
+
+
+def unmarked(samples: Samples) -> Samples:
+    "The same with background in the place of what is marked."
+    return Samples(samples.images, np.where(samples.masks == 255, 0, samples.masks), samples.table, samples.classes, "own")
+
+
+@given(SHAPES, CLASSES, st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_ignored_pixels_in_samples_and_injection(shape, classes, seed):
+    samples, marked = marked_parts(shape, classes, seed)
+    train, val = dli.split_samples(samples, fold=1)
+    for part, plain in zip((train, val), dli.split_samples(unmarked(samples), fold=1)):
+        assert part.ignore_index == part[:2].ignore_index == 255 and part.table.equals(plain.table)
+    areas = [100 * np.mean((m == 1).sum() / (m != 255).sum()) for m in samples.masks[:6]]
+    table, plain = dataset_table(samples), dataset_table(unmarked(samples))
+    assert table.loc[classes[0], "area"] == pytest.approx(np.mean(areas))
+    assert table[["images", "tiles", "empty"]].equals(plain[["images", "tiles", "empty"]])
+    images, masks = as_tensors(train)
+    pool = dli.DonorPool(train)
+    assert pool.ignore_index == 255 and pool.counts == dli.DonorPool(unmarked(train)).counts
+    for donor in pool.donors: assert donor.image.max() < 255, "what is not known was cut out with a donor"
+    inject = dli.DynamicLabelInjection(pool, fill="all")
+    plan = inject.make_params(masks, torch.Generator().manual_seed(seed))
+    after, labels = inject.transform(images, masks, InjectionPlan.from_json(plan.to_json()))
+    assert torch.equal(labels == 255, masks == 255) and len(plan) == train.clean.sum()
+    assert torch.equal(inject(images, masks, torch.Generator().manual_seed(seed))[1], labels)
+    with pytest.raises(ValueError, match="pass ignore_index=255"): dli.show_batch(images, after, labels, plan, classes)
+    for figure in (dli.show_batch(images, after, labels, plan, classes, ignore_index=255), show_samples(train)):
+        figure.canvas.draw()
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("shape, classes", [((24, 72, 1), ("pitting",)), ((64, 32, 3), ("0", "$\\frac$", "_under"))])
+def test_ignored_pixels_in_networks_losses_and_scores(shape, classes, tmp_path):
+    "Whatever is predicted on them: the same scores as of a network that predicts nothing there."
+    (samples, marked), k = marked_parts(shape, classes), len(classes)
+    _, masks = as_tensors(samples)
+    ignored = torch.from_numpy(marked)[:, None]
+    logits = torch.randn(len(masks), k, *shape[:2], generator=torch.Generator().manual_seed(0)) * 3
+    for name in LOSSES:
+        assert run_loss(RunConfig(method=name, preset="smoke"), samples).ignore_index == 255
+        loss = dli.make_loss(name, [6] * k, [20 + i for i in range(k)], ignore_index=samples.ignore_index)
+        assert torch.equal(loss(logits, masks), loss(logits.masked_fill(ignored, 50.0), masks))
+    counts, expected = (dli.counts_table(samples.table, dli.count_batch(z, m, i), classes) for z, m, i in (
+        (logits.masked_fill(ignored, 50.0), masks, 255), (logits.masked_fill(ignored, -1e4), masks.masked_fill(ignored[:, 0], 0), None)))
+    assert counts["pixels"].tolist() == (~marked).sum((1, 2)).tolist()
+    assert counts.drop(columns="pixels").equals(expected.drop(columns="pixels"))
+    for name, mask in zip(samples.table["name"], samples.masks):  # of the first class wherever nothing counts
+        Image.fromarray(np.where(mask == 255, 1, mask).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    found = dli.score(tmp_path, samples=samples)
+    assert found["iou_macro"] == found["iou_micro"] == 1 and found["clean_alarm"] == 0
+    Image.fromarray(samples.masks[0]).save(tmp_path / f"{samples.table['name'][0]}.png")
+    with pytest.raises(ValueError, match="got 255; a prediction ignores nothing"): dli.score(tmp_path, samples=samples)
+
+
+@pytest.mark.parametrize("method", ["baseline", "wce", "dli"])
+def test_a_run_on_samples_with_ignored_pixels(method):
+    "Counts, regions and patches leave out what the samples mark; the checkpoint knows the mark, the row is as ever."
+    samples, _ = marked_parts((32, 48, 1), ("pitting", "scratch"))
+    config = RunConfig(method=method, preset="smoke", weights=None, dataset="synthetic", steps=2, evaluations=1)
+    train, val = dli.split_samples(samples, fold=1)
+    done = fit(config, train, val, progress=False, device="cpu")
+    assert done.counts["pixels"].tolist() == (val.masks != 255).sum((1, 2)).tolist()
+    assert done.inject is None or done.inject.ignore_index == 255
+    known = val.masks != 255
+    regions = np.unpackbits(pack_regions(done.model, val, done.dtype), axis=-1).astype(bool)
+    assert not (regions & ~known[:, None]).any()
+    assert (regions.sum((2, 3)) == done.counts.filter(like="tp_").to_numpy() + done.counts.filter(like="fp_").to_numpy()).all()
+    assert "own, 255 ignored" == done.source
+    assert make_row(done, train, val)["source"] == "own"
+    patched = with_patches(train, val, 0, 1.0)
+    assert np.array_equal(patched.masks, val.masks[val.clean]) and patched.ignore_index == 255
+    figure = plot_predictions(done.model, val, done.counts)
+    figure.canvas.draw()
+    plt.close(figure)
