@@ -383,9 +383,9 @@ def check_samples(
 ) -> tuple[dict, np.ndarray]:  # these five in their plain form; bool (N,): lost defects, see `check_story`
     "Check everything that makes a `Samples`. Raises TypeError or ValueError."
     classes = check_classes(classes)
+    ignore_index = check_mark(ignore_index, classes)
     table = check_table(table, classes)
     images = check_images(images, table["name"])
-    ignore_index = check_mark(ignore_index, classes)
     masks = check_masks(masks, table["name"], images.shape[:3], classes, ignore_index)
     check_known(table, masks, ignore_index)
     fields = dict(images=images, masks=masks, table=table, classes=classes, ignore_index=ignore_index)

@@ -1645,7 +1645,8 @@ def latex_text(table: pd.DataFrame) -> str:
     "The same in LaTeX (booktabs)."
     heading = f"{table.attrs['heading']}. " if table.attrs.get("heading") else ""
     cells = table.map(latex_cell).rename(columns=latex_cell)
-    caption = plain_lines(heading + table.attrs.get("caption", "")).translate(LATEX)
+    lines = plain_lines(heading + table.attrs.get("caption", "")).split("\n")
+    caption = "\n".join(filter(str.strip, lines)).translate(LATEX)  # an empty line would end the caption's paragraph
     text = cells.to_latex(index=False, escape=False, caption=caption)
     return text.replace("±", r"$\pm$")
 

@@ -1029,7 +1029,7 @@ class InjectionChoices:
     mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
     region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, as the authors do
     grow_label: bool = False     # Poisson: label the margin too, as the authors do
-    ignore_index: int | None = None  # the masks' value for pixels that count for nothing; they keep it. None: the pool's
+    ignore_index: int | None = None  # the masks' value for pixels that count for nothing, and keep it; None: the pool's
 
     @outside_compiler
     def __post_init__(self):
