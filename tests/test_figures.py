@@ -417,8 +417,11 @@ def test_any_text_is_read_back_from_markdown(rows, heading):
 
 
 @pytest.mark.parametrize("name, latex, html", [
-    ("a_b & c|d", r"a\_b \& c\textbar{}d", "a_b &amp; c|d"), ("<b>x</b>", r"\textless{}b\textgreater{}x", "&lt;b&gt;x&lt;/b&gt;"),
-    ("[x]", "{[}x]", "[x]"), ("two\nlines\n\nmore", "two lines  more", "two\nlines"), ("\\frac`$", r"\textbackslash{}frac\textasciigrave{}\$", "\\frac`$")])
+    ("a_b & c|d", r"a\_b \& c\textbar{}d", "a_b &amp; c|d"),
+    ("<b>x", r"\textless{}b\textgreater{}x", "&lt;b&gt;x"),
+    ("[x]", "{[}x]", "[x]"),
+    ("two\nlines\n\nmore", "two lines  more", "two\nlines"),
+    ("\\frac`$", r"\textbackslash{}frac\textasciigrave{}\$", "\\frac`$")])
 def test_any_text_is_right_in_latex_and_html(name, latex, html, tmp_path):
     table = pd.DataFrame({"class": [name], name: ["1"]})
     table.attrs = dict(heading=name, caption=name)
