@@ -1254,7 +1254,8 @@ def test_samples_keep_what_they_ignore():
     (dict(ignore_index=True), TypeError, "ignore_index: .* got True"),
     (dict(ignore_index="255"), TypeError, "ignore_index: .* got '255'"),
     (dict(classes=[f"c{i}" for i in range(255)]), ValueError, "ignore_index: expected a value that masks have for no"),
-    (dict(masks=np.full((3, 8, 6), 255)), ValueError, "a pixel that counts in each usable image, none in 'a', 'b', 'c'")])
+    (dict(masks=np.full((3, 8, 6), 255)), ValueError,
+     "a pixel that counts in each usable image, none in 'a', 'b', 'c'")])
 def test_what_is_ignored_is_checked(changes, error, words):
     with pytest.raises(error, match=words): data.Samples(**marked_fields(**changes))
 

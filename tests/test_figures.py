@@ -397,7 +397,8 @@ def read_markdown(text):
     tokens, cells, paragraphs = parser.parse(text), [], []
     for before, token in zip(tokens, tokens[1:]):
         if token.type != "inline": continue
-        assert {part.type for part in token.children} <= {"text", "softbreak", "html_inline", "strong_open", "strong_close"}
+        allowed = {"text", "softbreak", "html_inline", "strong_open", "strong_close"}
+        assert {part.type for part in token.children} <= allowed
         assert all(part.content == "<br>" for part in token.children if part.type == "html_inline")
         seen = "".join("\n" if part.type in ("softbreak", "html_inline") else part.content for part in token.children)
         (paragraphs if before.type == "paragraph_open" else cells).append(seen)

@@ -1292,9 +1292,11 @@ def test_the_mark_of_the_pool_holds_unless_another_is_given():
     plain = random_samples(0)
     marked = Samples(plain.images, plain.masks, plain.table, plain.classes, "own", ignore_index=255)
     pool = DonorPool(marked)
-    assert DynamicLabelInjection(pool).ignore_index == 255 and DynamicLabelInjection(DonorPool(plain)).ignore_index is None
+    assert DynamicLabelInjection(pool).ignore_index == 255
+    assert DynamicLabelInjection(DonorPool(plain)).ignore_index is None
     assert DynamicLabelInjection(pool, ignore_index=-1).ignore_index == -1, "a loader may mark them otherwise"
-    for a, b in zip(pool.donors, DonorPool(plain).donors): assert (a.image == b.image).all() and (a.mask == b.mask).all()
+    for a, b in zip(pool.donors, DonorPool(plain).donors):
+        assert (a.image == b.image).all() and (a.mask == b.mask).all()
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -1303,12 +1305,15 @@ def test_what_is_marked_beside_a_donor_does_not_reach_the_target(whole):
     masks, rng = np.full((1, 16, 12), 255 if whole else 0, np.uint8), np.random.default_rng(0)
     masks[0, 4:11, 3:10], masks[0, 6:9, 5:8] = 255, 1
     images = rng.integers(60, 200, masks.shape).astype(np.uint8)
-    table = pd.DataFrame([("a", "A", 0, 1, 12, 16, True)], columns=["name", "class", "tile", "exposure", "width", "height", "usable"])
+    columns = ["name", "class", "tile", "exposure", "width", "height", "usable"]
+    table = pd.DataFrame([("a", "A", 0, 1, 12, 16, True)], columns=columns)
     results = []
     for grey in (0, 255):
         shown = np.where(masks == 255, np.uint8(grey), images)
-        pool = DonorPool(Samples(shown, masks, table, ("A",), "own", ignore_index=255), {"A": DonorTransform(p=1, rotate=20)})
+        samples = Samples(shown, masks, table, ("A",), "own", ignore_index=255)
+        pool = DonorPool(samples, {"A": DonorTransform(p=1, rotate=20)})
         for p in (0.0, 1.0):
-            target, clean = torch.full((2, 1, 16, 12), 100, dtype=torch.uint8), torch.zeros(2, 16, 12, dtype=torch.uint8)
+            target = torch.full((2, 1, 16, 12), 100, dtype=torch.uint8)
+            clean = torch.zeros(2, 16, 12, dtype=torch.uint8)
             results += DynamicLabelInjection(pool, p_poisson=p, fill="all")(target, clean, seeded(0))
     for a, b in zip(results[:4], results[4:]): assert torch.equal(a, b) and (a != a[0, 0, 0]).any()

@@ -15,7 +15,8 @@ import dli
 from dli.data import Samples, dataset_table, show_samples
 from dli.injection import InjectionPlan
 from dli.losses import LOSSES
-from dli.training import RunConfig, evaluate, fit, make_row, pack_regions, plot_curve, plot_predictions, run_loss, with_patches
+from dli.training import (RunConfig, evaluate, fit, make_row, pack_regions, plot_curve, plot_predictions, run_loss,
+                          with_patches)
 
 SHAPES = st.tuples(st.sampled_from((24, 40, 64)), st.sampled_from((32, 48, 72)), st.sampled_from((1, 3)))
 CLASSES = st.sampled_from((("pitting",), ("a b", "Straße"), ("0", "$\\frac$", "_under")))
@@ -124,7 +125,7 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
 # ---- with pixels that count for nothing ---------------------------------------------------------------------------
 
 def marked_parts(shape: tuple[int, int, int], classes: tuple[str, ...], seed: int = 0) -> tuple[Samples, np.ndarray]:
-    "The same with a band of white pixels around each defect, and a strip at the left, marked by 255; and which they are."
+    "The same with white pixels around each defect and in a strip at the left, marked by 255; and which they are."
     samples = parts(*shape, classes, seed)
     images, masks = samples.images.copy(), samples.masks.copy()
     band = torch.nn.functional.max_pool2d(torch.from_numpy(masks).float()[:, None], 3, 1, 1)[:, 0].numpy() > 0
@@ -135,7 +136,8 @@ def marked_parts(shape: tuple[int, int, int], classes: tuple[str, ...], seed: in
 
 def unmarked(samples: Samples) -> Samples:
     "The same with background in the place of what is marked."
-    return Samples(samples.images, np.where(samples.masks == 255, 0, samples.masks), samples.table, samples.classes, "own")
+    masks = np.where(samples.masks == 255, 0, samples.masks)
+    return Samples(samples.images, masks, samples.table, samples.classes, "own")
 
 
 @given(SHAPES, CLASSES, st.integers(0, 99))
@@ -175,8 +177,9 @@ def test_ignored_pixels_in_networks_losses_and_scores(shape, classes, tmp_path):
         assert run_loss(RunConfig(method=name, preset="smoke"), samples).ignore_index == 255
         loss = dli.make_loss(name, [6] * k, [20 + i for i in range(k)], ignore_index=samples.ignore_index)
         assert torch.equal(loss(logits, masks), loss(logits.masked_fill(ignored, 50.0), masks))
-    counts, expected = (dli.counts_table(samples.table, dli.count_batch(z, m, i), classes) for z, m, i in (
-        (logits.masked_fill(ignored, 50.0), masks, 255), (logits.masked_fill(ignored, -1e4), masks.masked_fill(ignored[:, 0], 0), None)))
+    count = lambda *batch: dli.counts_table(samples.table, dli.count_batch(*batch), classes)
+    counts = count(logits.masked_fill(ignored, 50.0), masks, 255)
+    expected = count(logits.masked_fill(ignored, -1e4), masks.masked_fill(ignored[:, 0], 0))
     assert counts["pixels"].tolist() == (~marked).sum((1, 2)).tolist()
     assert counts.drop(columns="pixels").equals(expected.drop(columns="pixels"))
     for name, mask in zip(samples.table["name"], samples.masks):  # of the first class wherever nothing counts
@@ -199,7 +202,8 @@ def test_a_run_on_samples_with_ignored_pixels(method):
     known = val.masks != 255
     regions = np.unpackbits(pack_regions(done.model, val, done.dtype), axis=-1).astype(bool)
     assert not (regions & ~known[:, None]).any()
-    assert (regions.sum((2, 3)) == done.counts.filter(like="tp_").to_numpy() + done.counts.filter(like="fp_").to_numpy()).all()
+    predicted = done.counts.filter(like="tp_").to_numpy() + done.counts.filter(like="fp_").to_numpy()
+    assert (regions.sum((2, 3)) == predicted).all()
     assert "own, 255 ignored" == done.source
     assert make_row(done, train, val)["source"] == "own"
     patched = with_patches(train, val, 0, 1.0)
