@@ -21,7 +21,7 @@ setup(
     keywords=cfg["keywords"],
     package_dir={"": "."},  # an editable install becomes a plain path: found before a clone called dli in the current folder
     packages=find_packages(include=["dli", "dli.*"]),
-    package_data={"dli": ["*.csv"]},
+    package_data={"dli": ["**/*.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "ray": cfg["ray_requirements"].split()},

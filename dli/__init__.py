@@ -1,27 +1,15 @@
-"Dynamic Label Injection for imbalanced multi-class defect segmentation. The names below are the public ones; each is documented in its notebook."
-__version__ = "0.1.0"
+"""Dynamic Label Injection for imbalanced multi-class defect segmentation.
 
-from importlib import import_module
+The names below are the ones most users need; each wing (`dli.data`, `dli.method`, `dli.network`, `dli.scoring`,
+`dli.experiment`, `dli.study`) has a few more. Each is documented in the notebook of its room."""
+__version__ = "0.2.0"
 
-NAMES = {  # public name: its module, which is imported when the name is first asked for
-    "read_folds": "benchmark", "score": "benchmark",
-    "cut_paste": "blending", "poisson_blend": "blending",
-    "Samples": "data", "load_dataset": "data", "magnetic_tiles": "data", "split_samples": "data", "synthetic_tiles": "data",
-    "DonorPool": "injection", "DonorTransform": "injection", "DynamicLabelInjection": "injection",
-    "InjectionPlan": "injection", "show_batch": "injection",
-    "make_loss": "losses",
-    "compare": "metrics", "count_batch": "metrics", "counts_table": "metrics", "scores": "metrics", "summarize": "metrics",
-    "lightweight_unet": "models",
-    "METHODS": "training", "PRESETS": "training", "RunConfig": "training", "run": "training",
-}
-__all__ = list(NAMES)
+from ._door import door
 
-
-def __getattr__(name: str):
-    "A public name. Raises AttributeError."
-    if name not in NAMES: raise AttributeError(f"module 'dli' has no attribute {name!r}")
-    return getattr(import_module(f"dli.{NAMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *NAMES])
+__all__, __getattr__, __dir__ = door(__name__, {
+    "data": "Samples magnetic_tiles split_samples synthetic_tiles",
+    "method": "DonorPool DonorTransform DynamicLabelInjection InjectionPlan cut_paste poisson_blend show_batch",
+    "network": "lightweight_unet make_loss",
+    "scoring": "compare count_batch counts_table read_folds score scores summarize",
+    "experiment": "METHODS PRESETS RunConfig load_dataset load_runs run",
+})

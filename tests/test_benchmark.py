@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dli.benchmark import (
-    PARTITIONS, BadPredictions, fold_samples, fold_table, main, read_folds, read_mask, score, score_counts)
-from dli.data import (
-    Samples, find_folds, find_magnetic_tiles, magnetic_tiles, read_index, split_samples, synthetic_tiles)
-from dli.metrics import summarize
+from dli.data.samples import Samples
+from dli.data.splits import find_folds, split_samples
+from dli.data.magnetic import find_magnetic_tiles, magnetic_tiles, read_index
+from dli.data.synthetic import synthetic_tiles
+from dli.scoring.metrics import summarize
+from dli.scoring.scorer import (PARTITIONS, BadPredictions, fold_samples, fold_table, main, read_folds, read_mask,
+                                score, score_counts)
 
 CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven")
 TILES = synthetic_tiles(n=120, size=32)
@@ -28,12 +30,14 @@ real = pytest.mark.skipif(find_magnetic_tiles() is None, reason="the Magnetic Ti
 
 def write(folder, masks, names):
     folder.mkdir(exist_ok=True)
-    for name, mask in zip(names, masks): Image.fromarray(mask).save(folder / f"{name}.png")
+    for name, mask in zip(names, masks):
+        Image.fromarray(mask).save(folder / f"{name}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def photographs(): return magnetic_tiles()
+def photographs():
+    return magnetic_tiles()
 
 
 @pytest.fixture
@@ -52,7 +56,8 @@ def test_shipped_folds_fit_the_shipped_index():
     assert list(folds.columns) == ["name", "class", "tile", *columns] and PARTITIONS == (0, 1, 2, 3)
     for column in columns:
         assert (folds[column].notna() == index["usable"]).all() and set(folds[column].dropna()) == set(range(5))
-    for k in PARTITIONS: assert (folds.groupby("tile")[f"tile_{k}"].nunique() <= 1).all()
+    for k in PARTITIONS:
+        assert (folds.groupby("tile")[f"tile_{k}"].nunique() <= 1).all()
 
 
 FROZEN = {  # SHA-256 over each partition's two columns: published rows and other people's scores depend on them
@@ -116,9 +121,10 @@ def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
     (dict(fold=5), r"expected a fold in 0\.\.4, got 5"),
     (dict(partition=-1), "expected a partition >= 0, a whole number, got -1"),
     (dict(fold=1, partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
-    (dict(protocol="random"), "unknown protocol 'random': expected one of tile, image")])
+    (dict(split="random"), "unknown split 'random': expected one of tile, image")])
 def test_unknown_choices_are_refused(tmp_path, wrong, message):
-    with pytest.raises(ValueError, match=message): score(tmp_path, samples=TILES, **wrong)
+    with pytest.raises(ValueError, match=message):
+        score(tmp_path, samples=TILES, **wrong)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +184,8 @@ def test_palette_masks_are_read_by_index(predicted):
         image = Image.fromarray(mask)
         image.putpalette([v for k in range(256) for v in (255 - k, k, 128)])
         image.save(folder / f"{name}.png")
-    with Image.open(folder / f"{part.table['name'][0]}.png") as image: assert image.mode == "P"
+    with Image.open(folder / f"{part.table['name'][0]}.png") as image:
+        assert image.mode == "P"
     assert score(folder, 1, samples=TILES)["iou_macro"] == 1
 
 
@@ -250,7 +257,8 @@ def test_names_that_differ_in_their_folder_alone(tmp_path):
     folder = write_as(tmp_path, masks, [f"{n}.png" for n in samples.table["name"]])
     assert score(folder, samples=samples)["iou_A"] == 0.8
     (folder / "b/000.png").rename(folder / "000.png")
-    with pytest.raises(BadPredictions, match="(?s)b/000.png: missing.*000.png: unknown"): score(folder, samples=samples)
+    with pytest.raises(BadPredictions, match="(?s)b/000.png: missing.*000.png: unknown"):
+        score(folder, samples=samples)
 
 
 def test_files_in_folders_are_not_looked_at_where_no_name_holds_one(tmp_path):
@@ -271,7 +279,8 @@ def test_two_files_for_one_name_are_named(tmp_path):
 def test_hidden_files_beside_the_masks_are_harmless(tmp_path):
     samples = own()
     folder = write_as(tmp_path, samples.masks, [f"{n}.png" for n in samples.table["name"]])
-    for name in (".DS_Store", "._000.png"): (folder / name).write_bytes(b"x")
+    for name in (".DS_Store", "._000.png"):
+        (folder / name).write_bytes(b"x")
     assert score(folder, samples=samples)["iou_macro"] == 1
 
 
@@ -285,8 +294,10 @@ def test_usable_as_numbers_scores_the_same(tmp_path):
 def test_a_missing_class_is_named(tmp_path):
     samples = own(usable=np.arange(30) < 20)
     folder = write(tmp_path / "m", samples.masks, samples.table["name"])
-    with pytest.warns(UserWarning, match="the dataset has no usable image of B: iou_macro"): score(folder, samples=samples)
-    with pytest.raises(ValueError, match="5 folds need at least 5 tiles .* got {'B': 0}"): score(folder, 0, samples=samples)
+    with pytest.warns(UserWarning, match="the dataset has no usable image of B: iou_macro"):
+        score(folder, samples=samples)
+    with pytest.raises(ValueError, match="5 folds need at least 5 tiles .* got {'B': 0}"):
+        score(folder, 0, samples=samples)
     with pytest.raises(ValueError, match="the dataset has no usable image: there is nothing to score"):
         score(folder, samples=own(usable=False))
     with warnings.catch_warnings():
@@ -302,7 +313,8 @@ def test_a_part_numbered_minus_one_stays_in_the_table():
 
 # ---- faults ---------------------------------------------------------------------------------------------------------------
 
-def image(mask): return lambda path: Image.fromarray(mask).save(path)
+def image(mask):
+    return lambda path: Image.fromarray(mask).save(path)
 
 
 FAULTS = {
@@ -325,23 +337,28 @@ def test_each_fault_is_named(predicted, fault):
     folder, part = predicted
     spoil, message = FAULTS[fault]
     spoil(folder / f"{part.table['name'][3]}.png")
-    with pytest.raises(BadPredictions, match=message) as error: score(folder, 1, samples=TILES)
+    with pytest.raises(BadPredictions, match=message) as error:
+        score(folder, 1, samples=TILES)
     assert part.table["name"][3] in str(error.value) and str(folder) in str(error.value)
 
 
 def test_all_faults_are_in_one_message(predicted):
     folder, part = predicted
-    for name, (spoil, _) in zip(part.table["name"], FAULTS.values()): spoil(folder / f"{name}.png")
-    with pytest.raises(BadPredictions, match=f"{len(FAULTS) + 1} problems") as error: score(folder, 1, samples=TILES)
+    for name, (spoil, _) in zip(part.table["name"], FAULTS.values()):
+        spoil(folder / f"{name}.png")
+    with pytest.raises(BadPredictions, match=f"{len(FAULTS) + 1} problems") as error:
+        score(folder, 1, samples=TILES)
     assert all(name in str(error.value) for name in part.table["name"][:len(FAULTS)])
 
 
 def test_long_lists_are_cut(tmp_path):
-    with pytest.raises(BadPredictions, match=r"120 problems(.|\n)*and 100 more"): score(tmp_path, samples=TILES)
+    with pytest.raises(BadPredictions, match=r"120 problems(.|\n)*and 100 more"):
+        score(tmp_path, samples=TILES)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(BadPredictions, match="no such folder"): score(tmp_path / "x", samples=TILES)
+    with pytest.raises(BadPredictions, match="no such folder"):
+        score(tmp_path / "x", samples=TILES)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------------
@@ -364,7 +381,7 @@ def test_command(tmp_path, photographs):
 def test_command_prints_a_table_or_what_is_wrong(tmp_path, capsys, photographs):
     part = fold_samples(photographs, 4, 2, "image")
     folder = str(write(tmp_path / "masks", part.masks, part.table["name"]))
-    assert main([folder, "--fold", "4", "--partition", "2", "--protocol", "image"]) == 0
+    assert main([folder, "--fold", "4", "--partition", "2", "--split", "image"]) == 0
     assert dict(line.split() for line in capsys.readouterr().out.splitlines())["iou_macro"] == "1.0"
     assert main([folder, "--fold", "3"]) == 1
     said = capsys.readouterr()
@@ -379,7 +396,8 @@ def test_command_says_what_is_wrong(tmp_path):
 @pytest.mark.parametrize("words", [[], *(["masks", *option.split()] for option in (
     "--fold 7", "--partition 4", "--protocol random", "--size 64"))])
 def test_command_refuses_wrong_usage(words, capsys):
-    with pytest.raises(SystemExit) as end: main(words)
+    with pytest.raises(SystemExit) as end:
+        main(words)
     assert end.value.code == 2 and "usage: dli-score" in capsys.readouterr().err
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from scipy.fft import dctn, idctn
 
-from dli import blending
-from dli.blending import blend_tensors, copy_batch, cut_paste, grow_mask, poisson_blend, poisson_blend_image
+from dli.method.blending import (blend_tensors, copy_batch, cut_paste, grow_mask, outside_compiler, poisson_blend,
+                                 poisson_blend_image)
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 properties = settings(deadline=None, max_examples=60)
@@ -30,9 +30,12 @@ def blends(draw, least=1, most=9):
     for one in mask:
         y, x = sorted(rng.integers(0, h + 1, 2)), sorted(rng.integers(0, w + 1, 2))
         kind = draw(st.sampled_from(("rectangle", "pixels", "both", "empty", "full")))
-        if kind in ("rectangle", "both"): one[slice(*y), slice(*x)] = True
-        if kind in ("pixels", "both"): one |= rng.random((h, w)) < 0.4
-        if kind == "full": one[:] = True
+        if kind in ("rectangle", "both"):
+            one[slice(*y), slice(*x)] = True
+        if kind in ("pixels", "both"):
+            one |= rng.random((h, w)) < 0.4
+        if kind == "full":
+            one[:] = True
     return *(torch.from_numpy(rng.random((b, c, h, w))) for _ in range(2)), torch.from_numpy(mask)
 
 
@@ -51,15 +54,20 @@ def dense_blend(dst, src, mask, mix):
     a, b = np.zeros((len(pixels), len(pixels))), np.zeros(len(pixels))
     for p, n in number.items():
         for q in ((p[0] + dy, p[1] + dx) for dy, dx in NEIGHBOURS):
-            if not (0 <= q[0] < h and 0 <= q[1] < w): continue
+            if not (0 <= q[0] < h and 0 <= q[1] < w):
+                continue
             steps = [src[p] - src[q]] + [dst[p] - dst[q]] * mix
             a[n, n] += 1
             b[n] += steps[-1] if mix and abs(steps[-1]) > 1.001 * abs(steps[0]) else steps[0]
-            if q in number: a[n, number[q]] -= 1
-            else: b[n] += dst[q]
+            if q in number:
+                a[n, number[q]] -= 1
+            else:
+                b[n] += dst[q]
     out = dst.copy()
-    if pixels: out[mask] = np.linalg.lstsq(a, b, rcond=1e-12)[0]
-    if mask.all(): out += dst.mean() - out.mean()
+    if pixels:
+        out[mask] = np.linalg.lstsq(a, b, rcond=1e-12)[0]
+    if mask.all():
+        out += dst.mean() - out.mean()
     return out
 
 
@@ -105,7 +113,8 @@ def test_zero_guidance_is_harmonic_within_its_boundary(case, level):
         parts, n = ndimage.label(region)
         for part in (parts == k for k in range(1, n + 1)):
             boundary = image[:, ndimage.binary_dilation(part) & ~region]
-            if not boundary.size: continue
+            if not boundary.size:
+                continue
             for values, around in zip(filled[:, part], boundary):
                 assert around.min() - EXACT <= values.min() and values.max() <= around.max() + EXACT
 
@@ -149,7 +158,8 @@ def test_source_far_away_does_not_matter(case):
     boxes = torch.zeros_like(mask)
     for box, m in zip(boxes, mask):
         y, x = torch.nonzero(m).unbind(1)
-        if len(y): box[max(y.min() - 1, 0):y.max() + 2, max(x.min() - 1, 0):x.max() + 2] = True
+        if len(y):
+            box[max(y.min() - 1, 0):y.max() + 2, max(x.min() - 1, 0):x.max() + 2] = True
     other = torch.where(boxes[:, None], src * 3, 9.0)
     assert torch.equal(poisson_blend(dst, other, mask), poisson_blend(dst, torch.where(boxes[:, None], src * 3, 0.0), mask))
 
@@ -219,7 +229,8 @@ def test_full_mask_with_mixed_gradients(h, w, blend):
 def test_values_that_are_no_numbers_are_refused(value, mix, blend):
     dst, src, mask = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3), torch.zeros(1, 9, 9, dtype=torch.bool)
     mask[0, 3:6, 3:6], src[0, 0, 4, 4] = True, value
-    with pytest.raises(ValueError, match="NaN"): blend(dst, src, mask, mix)
+    with pytest.raises(ValueError, match="NaN"):
+        blend(dst, src, mask, mix)
 
 
 @pytest.mark.parametrize("where", ["source, in the region", "source, elsewhere", "target, in the region",
@@ -231,10 +242,13 @@ def test_blends_that_look_at_whole_images_refuse_no_numbers(value, where):
         dtype=torch.bool)
     mask[:, 3:6, 3:6] = True
     (src if "source" in where else dst)[1, 0, *((4, 4) if "in the" in where else (1, 7))] = value
-    if where == "source, elsewhere": return poisson_blend(dst, src, mask)
-    with pytest.raises(ValueError, match="image 1: expected finite values"): poisson_blend_image(dst, src, mask)
+    if where == "source, elsewhere":
+        return poisson_blend(dst, src, mask)
+    with pytest.raises(ValueError, match="image 1: expected finite values"):
+        poisson_blend_image(dst, src, mask)
     if where == "source, in the region":
-        with pytest.raises(ValueError, match="image 1: "): poisson_blend(dst, src, mask)
+        with pytest.raises(ValueError, match="image 1: "):
+            poisson_blend(dst, src, mask)
 
 
 def test_one_pixel_image():
@@ -274,15 +288,18 @@ def test_whole_image_variant_solves_its_own_equation(case, mix):
         rise = np.zeros_like(g)
         for y, x in np.ndindex(*m.shape):
             for p, q in (((y, x), (y + 1, x)), ((y, x), (y, x + 1))):
-                if q[0] == m.shape[0] or q[1] == m.shape[1]: continue
+                if q[0] == m.shape[0] or q[1] == m.shape[1]:
+                    continue
                 p, q = (slice(None), *p), (slice(None), *q)
                 v, t = s[q] - s[p], d[q] - d[p]
-                if mix: v = np.where(np.abs(t) > 1.001 * np.abs(v), t, v)
+                if mix:
+                    v = np.where(np.abs(t) > 1.001 * np.abs(v), t, v)
                 step = (g[q] - g[p]) - (v if m[y, x] else t)
                 rise[p] -= step
                 rise[q] += step
         assert np.abs(rise[:, 1:-1, 1:-1]).max() < 1e-9
-        for edge in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]): assert (g[edge] == d[edge]).all()
+        for edge in (np.s_[:, 0], np.s_[:, -1], np.s_[:, :, 0], np.s_[:, :, -1]):
+            assert (g[edge] == d[edge]).all()
 
 
 @properties
@@ -294,7 +311,8 @@ def test_grow_mask(case, margin):
 
 
 def test_grow_mask_refuses_a_negative_margin():
-    with pytest.raises(ValueError, match="expected 0 or more pixels, got -1"): grow_mask(torch.ones(1, 2, 2, dtype=torch.bool), -1)
+    with pytest.raises(ValueError, match="expected 0 or more pixels, got -1"):
+        grow_mask(torch.ones(1, 2, 2, dtype=torch.bool), -1)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -308,14 +326,16 @@ def test_grow_mask_refuses_a_negative_margin():
 def test_wrong_arguments(change, message):
     good = dict(dst=torch.zeros(1, 1, 4, 4), src=torch.zeros(1, 1, 4, 4), mask=torch.zeros(1, 4, 4, dtype=torch.bool))
     for blend in (poisson_blend, cut_paste, poisson_blend_image):
-        with pytest.raises(ValueError, match=message): blend(**good | change)
+        with pytest.raises(ValueError, match=message):
+            blend(**good | change)
 
 
 def test_wrong_types():
     x, mask = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
     for blend in (poisson_blend, cut_paste, poisson_blend_image):
         for args, name in (((x.numpy(), x, mask), "dst"), ((x, [x], mask), "src"), ((x, x, mask.numpy()), "mask")):
-            with pytest.raises(TypeError, match=f"{name}: expected a torch tensor, got"): blend(*args)
+            with pytest.raises(TypeError, match=f"{name}: expected a torch tensor, got"):
+                blend(*args)
 
 
 def test_poisson_refuses_half_precision():
@@ -364,14 +384,15 @@ def test_compiled_by_torch_is_the_same(blend):
         generator=g) < 0.4
     torch._dynamo.reset()
     compiled = torch.compile(lambda d, s, m: blend(d + 0, s, m) + 0, backend="eager")
-    for _ in range(2): assert torch.equal(compiled(dst, src, mask), blend(dst, src, mask))
+    for _ in range(2):
+        assert torch.equal(compiled(dst, src, mask), blend(dst, src, mask))
 
 
 def test_outside_compiler_keeps_names_and_lets_go_of_torch():
     assert poisson_blend.__name__ == "poisson_blend" and list(inspect.signature(poisson_blend).parameters) == ["dst",
         "src", "mask", "mix_gradients"]
     seen = []
-    plain = blending.outside_compiler(lambda x: seen.append(torch.compiler.is_compiling()) or x)
+    plain = outside_compiler(lambda x: seen.append(torch.compiler.is_compiling()) or x)
     torch.compile(lambda x: plain(x + 1) + 1, backend="eager")(torch.ones(2))
     assert seen == [False]
 
@@ -399,7 +420,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def cached(folder): return sorted(p.suffix for p in folder.rglob("*.nb*"))
+def cached(folder):
+    return sorted(p.suffix for p in folder.rglob("*.nb*"))
 
 
 def test_compiled_code_is_kept_where_there_is_room(cache, tmp_path):
@@ -415,19 +437,22 @@ def test_compiled_code_is_kept_where_there_is_room(cache, tmp_path):
                          ids=["empty", "half", "zeros", "reversed"])
 def test_damaged_files_of_compiled_code(cache, tmp_path, suffix, damage):
     load_kernel(tmp_path)(21)
-    for path in cache.rglob(f"*{suffix}"): path.write_bytes(damage(path.read_bytes()))
+    for path in cache.rglob(f"*{suffix}"):
+        path.write_bytes(damage(path.read_bytes()))
     assert load_kernel(tmp_path)(21) == 42
 
 
 def test_compiled_code_when_the_disk_is_full(cache, tmp_path, monkeypatch):
-    def refuse(*args): raise OSError(28, "No space left on device")
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._open_for_write", refuse)
     assert load_kernel(tmp_path)(21) == 42 and cached(cache) == []
 
 
 def test_compiled_code_without_any_folder(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs): raise OSError(30, "Read-only file system")
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
 
     (tmp_path / "file").touch()
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path / "file" / "cache"))

@@ -16,11 +16,23 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from dli import data
+import dli
+from dli.files import cache_folder, csv_bytes, read_table
+from dli.pictures import drawable
+from dli.data.samples import FREE, TABLE_COLUMNS, Samples, class_members, dataset_table, same_name, show_samples
+from dli.data.splits import SPLITS, find_folds, held_out, rarest_class, split_samples
+from dli.data.magnetic import (MT_CLASSES, BrokenDownload, DamagedDataset, DownloadError, find_magnetic_tiles,
+                               find_problems, index_fingerprint, magnetic_tiles, read_index, unpack,
+                               verify_magnetic_tiles)
+from dli.data.synthetic import SYNTHETIC_VERSION, add_defect, clean_surface, synthetic_tiles
+from dli.experiment.datasets import data_fingerprint, load_dataset, resolve_dataset
+from conftest import patch
 
-ROOT = data.find_magnetic_tiles()
+SHIPPED = Path(dli.__file__).parent / "data"  # tables that come with the package
+
+ROOT = find_magnetic_tiles()
 needs_real = pytest.mark.skipif(ROOT is None, reason="the Magnetic Tiles are not on this machine (set DLI_DATA)")
-CLASSES = (*data.MT_CLASSES, data.FREE)
+CLASSES = (*MT_CLASSES, FREE)
 
 
 # ---- a small dataset on disk ----------------------------------------------------------------------------------------------
@@ -35,8 +47,8 @@ def write_dataset(root, classes=CLASSES, each=3, side=40):
             stem = folder / f"exp{exposure}_num_{number}"
             Image.fromarray(rng.integers(0, 255, (side + 4, side), np.uint8)).save(stem.with_suffix(".jpg"), quality=95)
             mask = np.zeros((side + 4, side), np.uint8)
-            mask[4:12, 4:12] = 255 * (c != data.FREE)
-            mask[0, 0] = number % 100 * (c != data.FREE)
+            mask[4:12, 4:12] = 255 * (c != FREE)
+            mask[0, 0] = number % 100 * (c != FREE)
             Image.fromarray(mask).save(stem.with_suffix(".png"))
             rows.append({"name": stem.name, "class": c, "number": number, "exposure": exposure, "width": side, "height": side + 4,
                          "tile": number - 10 * (exposure - 1), "usable": True,
@@ -48,9 +60,9 @@ def write_dataset(root, classes=CLASSES, each=3, side=40):
 def small(tmp_path, monkeypatch):
     """A dataset of 18 photographs that the package takes for the Magnetic Tiles, with no other place to find them."""
     monkeypatch.delenv("DLI_DATA", raising=False)
-    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "cache" / "magnetic-tiles")
+    patch(monkeypatch, "cache_folder", lambda: tmp_path / "cache" / "magnetic-tiles")
     index = write_dataset(tmp_path / "tiles")
-    monkeypatch.setattr(data, "read_index", lambda: index)
+    patch(monkeypatch, "read_index", lambda: index)
     return tmp_path / "tiles"
 
 
@@ -119,7 +131,8 @@ def extra_image(root):
 
 
 def lose_class(root):
-    for path in root.glob("MT_Fray/Imgs/*"): path.unlink()
+    for path in root.glob("MT_Fray/Imgs/*"):
+        path.unlink()
     return r"MT_Fray: class folder missing, or without images; expected 6 files"
 
 
@@ -127,101 +140,113 @@ FAULTS = [truncate, empty, lose_mask, lose_image, resize_mask, swap, repaint, te
 
 
 def test_reads_every_photograph(small):
-    samples = data.magnetic_tiles(small, size=20)
+    samples = magnetic_tiles(small, size=20)
     assert len(samples) == 18 and samples.source == "magnetic-tiles" and samples.images.shape == (18, 20, 20)
     assert samples.table["tile"].nunique() == 6 and samples.label.tolist() == [k for k in (1, 2, 3, 4, 5, 0) for _ in range(3)]
     assert all(set(np.unique(m)) == {0, k} for m, k in zip(samples.masks[:15], samples.label))
 
 
 def test_threshold_is_exclusive(small):
-    high, low = (data.magnetic_tiles(small, size=20, threshold=t).masks for t in (254, 0))
+    high, low = (magnetic_tiles(small, size=20, threshold=t).masks for t in (254, 0))
     assert (high > 0).sum() < (low > 0).sum() and (high > 0).any()
     for wrong in (dict(threshold=255), dict(threshold=-1), dict(size=1)):
-        with pytest.raises(ValueError, match="expected size >= 8 and threshold in 0..254"): data.magnetic_tiles(small, **wrong)
+        with pytest.raises(ValueError, match="expected size >= 8 and threshold in 0..254"):
+            magnetic_tiles(small, **wrong)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_file_is_named(small, fault):
     expected = fault(small)
-    with pytest.raises(data.DamagedDataset, match=expected) as error: data.magnetic_tiles(small, size=16)
+    with pytest.raises(DamagedDataset, match=expected) as error:
+        magnetic_tiles(small, size=16)
     assert str(small) in str(error.value) and "Put the named files back" in str(error.value)
 
 
 def test_all_problems_are_listed_and_capped(small):
     truncate(small), resize_mask(small), extra_image(small)
-    with pytest.raises(data.DamagedDataset, match="3 problems"): data.verify_magnetic_tiles(small)
-    for k in range(30): (small / f"MT_Free/Imgs/x{k}.png").write_bytes(b"x")
-    with pytest.raises(data.DamagedDataset, match=r"33 problems(.|\n)*and 13 more"): data.verify_magnetic_tiles(small)
+    with pytest.raises(DamagedDataset, match="3 problems"):
+        verify_magnetic_tiles(small)
+    for k in range(30):
+        (small / f"MT_Free/Imgs/x{k}.png").write_bytes(b"x")
+    with pytest.raises(DamagedDataset, match=r"33 problems(.|\n)*and 13 more"):
+        verify_magnetic_tiles(small)
 
 
 @pytest.mark.parametrize("harmless", ["README.md", "dataset.jpg", ".git/x.png", "MT_Free/Imgs/.DS_Store", "MT_Free/Imgs/Thumbs.db"])
 def test_harmless_files_are_fine(small, harmless):
     (small / harmless).parent.mkdir(exist_ok=True)
     (small / harmless).write_bytes(b"x")
-    data.verify_magnetic_tiles(small)
-    assert data.find_problems(small, data.read_index()) == []
+    verify_magnetic_tiles(small)
+    assert find_problems(small, read_index()) == []
 
 
 def test_folder_above_is_recognised(small, tmp_path):
-    with pytest.raises(data.DamagedDataset, match="no class folder here; but there are some in its subfolder 'tiles'"):
-        data.magnetic_tiles(tmp_path)
+    with pytest.raises(DamagedDataset, match="no class folder here; but there are some in its subfolder 'tiles'"):
+        magnetic_tiles(tmp_path)
 
 
 # ---- where it is looked for -----------------------------------------------------------------------------------------------
 
 def test_search_order(small, tmp_path, monkeypatch):
-    assert data.find_magnetic_tiles() is None
-    (cached := data.cache_folder()).mkdir(parents=True)
-    assert data.find_magnetic_tiles() == cached
+    assert find_magnetic_tiles() is None
+    (cached := cache_folder()).mkdir(parents=True)
+    assert find_magnetic_tiles() == cached
     monkeypatch.setenv("DLI_DATA", str(small))
-    assert data.find_magnetic_tiles() == small
-    assert data.find_magnetic_tiles(tmp_path) == tmp_path
+    assert find_magnetic_tiles() == small
+    assert find_magnetic_tiles(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["root", "DLI_DATA"])
 def test_wrong_place_is_never_skipped(small, monkeypatch, name):
-    data.cache_folder().parent.mkdir()
-    small.rename(data.cache_folder())  # the next place would do
-    if name == "DLI_DATA": monkeypatch.setenv("DLI_DATA", "/no/such/folder")
-    with pytest.raises(FileNotFoundError, match=f"{name} = '/no/such/folder': no such folder"):
-        data.magnetic_tiles("/no/such/folder" if name == "root" else None)
+    cache_folder().parent.mkdir()
+    small.rename(cache_folder())  # the next place would do
     if name == "DLI_DATA":
-        with pytest.raises(FileNotFoundError): data.load_dataset("auto")
+        monkeypatch.setenv("DLI_DATA", "/no/such/folder")
+    with pytest.raises(FileNotFoundError, match=f"{name} = '/no/such/folder': no such folder"):
+        magnetic_tiles("/no/such/folder" if name == "root" else None)
+    if name == "DLI_DATA":
+        with pytest.raises(FileNotFoundError):
+            load_dataset("auto")
 
 
 def test_damaged_is_an_error_under_auto(small, monkeypatch):
     monkeypatch.setenv("DLI_DATA", str(small))
     lose_mask(small)
-    with pytest.raises(data.DamagedDataset): data.load_dataset("auto", size=32)
+    with pytest.raises(DamagedDataset):
+        load_dataset("auto", size=32)
 
 
 def test_unknown_dataset_lists_the_choices():
     with pytest.raises(ValueError, match="'magnetic_tiles': expected one of auto, magnetic-tiles, synthetic"):
-        data.load_dataset("magnetic_tiles")
+        load_dataset("magnetic_tiles")
 
 
 def test_resolving_a_found_dataset_reads_nothing(small, monkeypatch, recwarn):
     monkeypatch.setenv("DLI_DATA", str(small))
-    for name in ("decode_all", "verify_magnetic_tiles", "fetch_magnetic_tiles"): monkeypatch.setattr(data, name, None)
-    assert data.resolve_dataset("auto") == "magnetic-tiles" and not len(recwarn)
+    for name in ("decode_all", "verify_magnetic_tiles", "fetch_magnetic_tiles"):
+        patch(monkeypatch, name, None)
+    assert resolve_dataset("auto") == "magnetic-tiles" and not len(recwarn)
 
 
 @pytest.mark.parametrize("name", ["magnetic-tiles", "synthetic"])
 def test_resolving_a_settled_name_looks_nowhere(name, monkeypatch):
-    for used in ("find_magnetic_tiles", "fetch_magnetic_tiles"): monkeypatch.setattr(data, used, None)
-    assert data.resolve_dataset(name) == name
+    for used in ("find_magnetic_tiles", "fetch_magnetic_tiles"):
+        patch(monkeypatch, used, None)
+    assert resolve_dataset(name) == name
 
 
-@pytest.mark.parametrize("function", [data.resolve_dataset, data.data_fingerprint])
+@pytest.mark.parametrize("function", [resolve_dataset, data_fingerprint])
 @pytest.mark.parametrize("name", ["magnetic_tiles", "", None])
 def test_unknown_names_are_refused(function, name):
     message = f"unknown dataset {name!r}: expected one of .*magnetic-tiles, synthetic"
-    with pytest.raises(ValueError, match=message): function(name)
+    with pytest.raises(ValueError, match=message):
+        function(name)
 
 
 def test_resolving_a_wrong_place_is_an_error(small, monkeypatch):
     monkeypatch.setenv("DLI_DATA", "/no/such/folder")
-    with pytest.raises(FileNotFoundError, match="DLI_DATA = '/no/such/folder'"): data.resolve_dataset("auto")
+    with pytest.raises(FileNotFoundError, match="DLI_DATA = '/no/such/folder'"):
+        resolve_dataset("auto")
 
 
 # ---- fingerprints ---------------------------------------------------------------------------------------------------------
@@ -229,49 +254,50 @@ def test_resolving_a_wrong_place_is_an_error(small, monkeypatch):
 @pytest.fixture
 def fresh():
     """No fingerprint of the index is remembered, before the test or after it."""
-    data.index_fingerprint.cache_clear()
+    index_fingerprint.cache_clear()
     yield
-    data.index_fingerprint.cache_clear()
+    index_fingerprint.cache_clear()
 
 
 def test_fingerprint_needs_no_dataset_and_is_cached(fresh, tmp_path, monkeypatch):
     monkeypatch.setenv("DLI_DATA", "/no/such/folder")
-    monkeypatch.setattr(data, "cache_folder", lambda: tmp_path / "none")
-    found = data.data_fingerprint("magnetic-tiles")
+    patch(monkeypatch, "cache_folder", lambda: tmp_path / "none")
+    found = data_fingerprint("magnetic-tiles")
     assert re.fullmatch("[0-9a-f]{16}", found)
-    monkeypatch.setattr(data, "read_index", None)
-    assert data.data_fingerprint("magnetic-tiles") == found
+    patch(monkeypatch, "read_index", None)
+    assert data_fingerprint("magnetic-tiles") == found
 
 
 def test_fingerprint_of_the_index_does_not_depend_on_line_ends(fresh, tmp_path, monkeypatch):
-    shipped = Path(data.__file__).with_name("magnetic_tiles.csv").read_bytes().replace(b"\r\n", b"\n")
-    found = data.data_fingerprint("magnetic-tiles")
+    shipped = SHIPPED.joinpath("magnetic_tiles.csv").read_bytes().replace(b"\r\n", b"\n")
+    found = data_fingerprint("magnetic-tiles")
     assert found == sha256(shipped).hexdigest()[:16]
     (tmp_path / "windows.csv").write_bytes(shipped.replace(b"\n", b"\r\n"))
-    monkeypatch.setattr(data, "read_index", lambda: pd.read_csv(tmp_path / "windows.csv"))
-    data.index_fingerprint.cache_clear()
-    assert data.data_fingerprint("magnetic-tiles") == found
+    patch(monkeypatch, "read_index", lambda: pd.read_csv(tmp_path / "windows.csv"))
+    index_fingerprint.cache_clear()
+    assert data_fingerprint("magnetic-tiles") == found
 
 
 @pytest.mark.parametrize("column, value", [("tile", 1), ("usable", False), ("png", "0" * 64), ("class", "Fray")])
 def test_fingerprint_changes_with_the_index(fresh, monkeypatch, column, value):
-    found, index = data.data_fingerprint("magnetic-tiles"), data.read_index()
+    found, index = data_fingerprint("magnetic-tiles"), read_index()
     index.loc[1000, column] = value
-    monkeypatch.setattr(data, "read_index", lambda: index)
-    data.index_fingerprint.cache_clear()
-    assert data.data_fingerprint("magnetic-tiles") != found
+    patch(monkeypatch, "read_index", lambda: index)
+    index_fingerprint.cache_clear()
+    assert data_fingerprint("magnetic-tiles") != found
 
 
 def test_fingerprint_of_synthetic_tiles_is_their_version(monkeypatch):
-    monkeypatch.setattr(data, "synthetic_tiles", None)
-    found = data.data_fingerprint("synthetic")
-    assert re.fullmatch("[0-9a-f]{16}", found) and int(found, 16) == data.SYNTHETIC_VERSION
-    monkeypatch.setattr(data, "SYNTHETIC_VERSION", data.SYNTHETIC_VERSION + 1)
-    assert data.data_fingerprint("synthetic") != found
+    patch(monkeypatch, "synthetic_tiles", None)
+    found = data_fingerprint("synthetic")
+    assert re.fullmatch("[0-9a-f]{16}", found) and int(found, 16) == SYNTHETIC_VERSION
+    patch(monkeypatch, "SYNTHETIC_VERSION", SYNTHETIC_VERSION + 1)
+    assert data_fingerprint("synthetic") != found
 
 
 def test_fingerprint_of_auto_is_refused():
-    with pytest.raises(ValueError, match="got 'auto': call resolve_dataset first"): data.data_fingerprint("auto")
+    with pytest.raises(ValueError, match="got 'auto': call resolve_dataset first"):
+        data_fingerprint("auto")
 
 
 # ---- download -------------------------------------------------------------------------------------------------------------
@@ -297,7 +323,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.pause)
         self.wfile.write(body[:server.cut])
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
@@ -306,105 +333,118 @@ def server(small, monkeypatch):
     (small / "README.md").write_text("about")
     archive = small.parent / "repository.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
-        for path in sorted(small.rglob("*")): zipped.write(path, Path("repo-master") / path.relative_to(small))
+        for path in sorted(small.rglob("*")):
+            zipped.write(path, Path("repo-master") / path.relative_to(small))
         zipped.writestr("repo-master/padding.bin", np.random.default_rng(0).bytes(400_000))
     server = Server()
     server.content = archive.read_bytes()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    monkeypatch.setattr(data, "MT_URL", f"http://127.0.0.1:{server.server_port}/master.zip")
+    patch(monkeypatch, "MT_URL", f"http://127.0.0.1:{server.server_port}/master.zip")
     yield server
     server.shutdown(), server.server_close()
 
 
 def part_file():
-    return data.cache_folder().with_name("magnetic-tiles.zip.part")
+    return cache_folder().with_name("magnetic-tiles.zip.part")
 
 
 def left_behind():
     """What lies beside the cache, but for the lock."""
-    return sorted(p.name for p in data.cache_folder().parent.iterdir() if p.suffix != ".lock")
+    return sorted(p.name for p in cache_folder().parent.iterdir() if p.suffix != ".lock")
 
 
 def test_download_is_verified_and_cached(server):
-    samples = data.magnetic_tiles(size=16)
-    assert len(samples) == 18 and data.cache_folder().is_dir() and server.asked == [None]
+    samples = magnetic_tiles(size=16)
+    assert len(samples) == 18 and cache_folder().is_dir() and server.asked == [None]
     assert left_behind() == ["magnetic-tiles"]
-    assert len(data.load_dataset("auto", size=16)) == 18 and len(server.asked) == 1
+    assert len(load_dataset("auto", size=16)) == 18 and len(server.asked) == 1
 
 
 def test_resolving_auto_downloads_once(server):
-    assert [data.resolve_dataset("auto") for _ in range(2)] == ["magnetic-tiles"] * 2
-    assert data.cache_folder().is_dir() and server.asked == [None]
-    assert data.load_dataset("auto", size=16).source == "magnetic-tiles" and server.asked == [None]
+    assert [resolve_dataset("auto") for _ in range(2)] == ["magnetic-tiles"] * 2
+    assert cache_folder().is_dir() and server.asked == [None]
+    assert load_dataset("auto", size=16).source == "magnetic-tiles" and server.asked == [None]
 
 
 def test_interrupted_download_resumes(server):
     server.cut = 250_000
-    with pytest.raises(data.DownloadError, match="DLI_DATA"): data.magnetic_tiles(size=16)
+    with pytest.raises(DownloadError, match="DLI_DATA"):
+        magnetic_tiles(size=16)
     arrived = part_file().stat().st_size
-    assert 0 < arrived <= 250_000 and not data.cache_folder().exists()
+    assert 0 < arrived <= 250_000 and not cache_folder().exists()
     server.cut = None
-    assert len(data.magnetic_tiles(size=16)) == 18
+    assert len(magnetic_tiles(size=16)) == 18
     assert server.asked == [None, f"bytes={arrived}-"] and not part_file().exists()
 
 
 def test_download_starts_over_where_the_server_cannot_resume(server):
     server.cut = 250_000
-    with pytest.raises(data.DownloadError): data.magnetic_tiles(size=16)
+    with pytest.raises(DownloadError):
+        magnetic_tiles(size=16)
     server.cut, server.ranges = None, False
-    assert len(data.magnetic_tiles(size=16)) == 18
+    assert len(magnetic_tiles(size=16)) == 18
 
 
 def test_stale_part_longer_than_the_file_is_replaced(server):
     part_file().parent.mkdir(parents=True)
     part_file().write_bytes(b"x" * (len(server.content) + 5))
-    assert len(data.magnetic_tiles(size=16)) == 18 and server.asked[-1] is None
+    assert len(magnetic_tiles(size=16)) == 18 and server.asked[-1] is None
 
 
 def test_stale_part_is_found_out_and_dropped(server):
     part_file().parent.mkdir(parents=True)
     part_file().write_bytes(b"x" * 1000)
-    with pytest.raises((data.DownloadError, data.DamagedDataset)): data.magnetic_tiles(size=16)
-    assert len(data.magnetic_tiles(size=16)) == 18
+    with pytest.raises((DownloadError, DamagedDataset)):
+        magnetic_tiles(size=16)
+    assert len(magnetic_tiles(size=16)) == 18
 
 
 def test_truncated_zip_without_length_is_an_error(server):
     server.content = server.content[:200_000]
-    with pytest.raises(data.DownloadError, match="not a zip file"): data.magnetic_tiles(size=16)
+    with pytest.raises(DownloadError, match="not a zip file"):
+        magnetic_tiles(size=16)
     assert not left_behind()
 
 
 @pytest.mark.parametrize("status", [404, 500])
 def test_refusing_server_falls_back_only_under_auto(server, status, capsys):
     server.status = status
-    with pytest.raises(data.DownloadError, match=str(status)): data.load_dataset("magnetic-tiles", size=32)
-    with pytest.warns(UserWarning, match="SYNTHETIC DATA"): samples = data.load_dataset("auto", size=32)
+    with pytest.raises(DownloadError, match=str(status)):
+        load_dataset("magnetic-tiles", size=32)
+    with pytest.warns(UserWarning, match="SYNTHETIC DATA"):
+        samples = load_dataset("auto", size=32)
     assert samples.source == "synthetic" and "SYNTHETIC DATA" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="SYNTHETIC DATA"): assert data.resolve_dataset("auto") == "synthetic"
-    assert "SYNTHETIC DATA" in capsys.readouterr().out and data.resolve_dataset("magnetic-tiles") == "magnetic-tiles"
-    with pytest.raises(data.DownloadError, match=str(status)): data.resolve_dataset("auto", fallback=False)
+    with pytest.warns(UserWarning, match="SYNTHETIC DATA"):
+        assert resolve_dataset("auto") == "synthetic"
+    assert "SYNTHETIC DATA" in capsys.readouterr().out and resolve_dataset("magnetic-tiles") == "magnetic-tiles"
+    with pytest.raises(DownloadError, match=str(status)):
+        resolve_dataset("auto", fallback=False)
 
 
 def test_unreachable_host_says_where_to_put_the_folder(server, monkeypatch):
-    monkeypatch.setattr(data, "MT_URL", "http://127.0.0.1:9/master.zip")
-    with pytest.raises(data.DownloadError) as error: data.magnetic_tiles(size=16)
-    assert "root=" in str(error.value) and "DLI_DATA" in str(error.value) and str(data.cache_folder()) in str(error.value)
+    patch(monkeypatch, "MT_URL", "http://127.0.0.1:9/master.zip")
+    with pytest.raises(DownloadError) as error:
+        magnetic_tiles(size=16)
+    assert "root=" in str(error.value) and "DLI_DATA" in str(error.value) and str(cache_folder()) in str(error.value)
 
 
 def test_damaged_download_never_reaches_the_cache(server, small):
     first(small, "MT_Crack/Imgs/*.jpg").write_bytes(b"x")
     archive = small.parent / "bad.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
-        for path in small.rglob("*"): zipped.write(path, Path("repo-master") / path.relative_to(small))
+        for path in small.rglob("*"):
+            zipped.write(path, Path("repo-master") / path.relative_to(small))
     server.content = archive.read_bytes()
-    with pytest.raises(data.DamagedDataset, match="The zip from .*(.|\n)*1 problem"): data.load_dataset("auto", size=16)
+    with pytest.raises(DamagedDataset, match="The zip from .*(.|\n)*1 problem"):
+        load_dataset("auto", size=16)
     assert not left_behind()
 
 
 @pytest.mark.parametrize("name", ["repo/../../evil.txt", "/evil.txt", "repo\\..\\..\\evil.txt", "C:/evil.txt", "../evil.txt"])
 def test_zip_that_leads_outside_stays_in_the_folder(tmp_path, name):
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped: zipped.writestr(name, "evil")
-    data.unpack(tmp_path / "evil.zip", tmp_path / "deep" / "into")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
+        zipped.writestr(name, "evil")
+    unpack(tmp_path / "evil.zip", tmp_path / "deep" / "into")
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "evil.zip"]
     assert len(files) == 1 and files[0].is_relative_to(tmp_path / "deep" / "into")
 
@@ -412,24 +452,27 @@ def test_zip_that_leads_outside_stays_in_the_folder(tmp_path, name):
 def test_zip_with_a_link_makes_no_link(tmp_path):
     link = zipfile.ZipInfo("repo/link")
     link.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped: zipped.writestr(link, "/etc")
-    data.unpack(tmp_path / "evil.zip", tmp_path / "into")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as zipped:
+        zipped.writestr(link, "/etc")
+    unpack(tmp_path / "evil.zip", tmp_path / "into")
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
 
 
 def test_zip_bomb_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "UNPACKED_MOST", 2**20)
+    patch(monkeypatch, "UNPACKED_MOST", 2**20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
-        for k in range(3): zipped.writestr(f"repo/{k}", bytes(400_000))
+        for k in range(3):
+            zipped.writestr(f"repo/{k}", bytes(400_000))
     assert (tmp_path / "bomb.zip").stat().st_size < 5000
-    with pytest.raises(data.DamagedDataset, match="at most 1,048,576 bytes when unpacked, got 1,200,000; nothing was"):
-        data.unpack(tmp_path / "bomb.zip", tmp_path / "into")
+    with pytest.raises(DamagedDataset, match="at most 1,048,576 bytes when unpacked, got 1,200,000; nothing was"):
+        unpack(tmp_path / "bomb.zip", tmp_path / "into")
     assert not (tmp_path / "into").exists()
 
 
 def test_zip_bomb_is_an_error_under_auto(server, monkeypatch):
-    monkeypatch.setattr(data, "UNPACKED_MOST", 1000)
-    with pytest.raises(data.DamagedDataset, match="nothing was unpacked"): data.resolve_dataset("auto")
+    patch(monkeypatch, "UNPACKED_MOST", 1000)
+    with pytest.raises(DamagedDataset, match="nothing was unpacked"):
+        resolve_dataset("auto")
     assert not left_behind()
 
 
@@ -437,14 +480,15 @@ def test_zip_bomb_is_an_error_under_auto(server, monkeypatch):
 def test_a_download_that_broke_off_is_an_error(server, name):
     server.cut = 250_000
     for _ in range(1 + (name == "auto")):
-        with pytest.raises(data.BrokenDownload, match="interrupted download resumes"): data.load_dataset(name, size=32)
+        with pytest.raises(BrokenDownload, match="interrupted download resumes"):
+            load_dataset(name, size=32)
         server.status, server.cut = 500, 0
     server.status = server.cut = None
-    assert data.load_dataset(name, size=32).source == "magnetic-tiles"
+    assert load_dataset(name, size=32).source == "magnetic-tiles"
 
 
 def fetch_and_count(results):
-    results.put(len(data.magnetic_tiles(size=16)))
+    results.put(len(magnetic_tiles(size=16)))
 
 
 def test_several_processes_download_once(server):
@@ -452,9 +496,11 @@ def test_several_processes_download_once(server):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     processes = [context.Process(target=fetch_and_count, args=(results,)) for _ in range(3)]
-    for process in processes: process.start()
+    for process in processes:
+        process.start()
     assert [results.get(timeout=60) for _ in processes] == [18] * 3 and server.asked == [None]
-    for process in processes: process.join()
+    for process in processes:
+        process.join()
 
 
 def test_the_next_process_tries_again_after_one_that_failed(server):
@@ -462,26 +508,31 @@ def test_the_next_process_tries_again_after_one_that_failed(server):
     failures = []
 
     def fail():
-        try: data.magnetic_tiles(size=16)
-        except data.DownloadError as error: failures.append(error)
+        try:
+            magnetic_tiles(size=16)
+        except DownloadError as error:
+            failures.append(error)
         server.cut = None
 
     first = threading.Thread(target=fail)
     first.start()
     time.sleep(0.2)
-    waiting = threading.Thread(target=lambda: failures.append(len(data.magnetic_tiles(size=16))))
+    waiting = threading.Thread(target=lambda: failures.append(len(magnetic_tiles(size=16))))
     waiting.start()
     first.join(), waiting.join()
-    assert isinstance(failures[0], data.BrokenDownload) and data.cache_folder().is_dir() and not part_file().exists()
+    assert isinstance(failures[0], BrokenDownload) and cache_folder().is_dir() and not part_file().exists()
 
 
 @given(parts=st.lists(st.sampled_from(["..", "a", "b.jpg", ".", "...", "MT_Free"]), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_unpack_stays_inside_or_refuses(tmp_path_factory, parts):
     base = tmp_path_factory.mktemp("zip")
-    with zipfile.ZipFile(base / "x.zip", "w") as zipped: zipped.writestr("/".join(parts), "x")
-    try: data.unpack(base / "x.zip", base / "deep" / "into")
-    except (data.DamagedDataset, OSError): pass
+    with zipfile.ZipFile(base / "x.zip", "w") as zipped:
+        zipped.writestr("/".join(parts), "x")
+    try:
+        unpack(base / "x.zip", base / "deep" / "into")
+    except (DamagedDataset, OSError):
+        pass
     assert all(p.is_relative_to(base / "deep" / "into") for p in base.rglob("*") if p.is_file() and p.name != "x.zip")
 
 
@@ -489,12 +540,12 @@ def test_unpack_stays_inside_or_refuses(tmp_path_factory, parts):
 
 @pytest.fixture(scope="module")
 def synthetic():
-    return data.synthetic_tiles(200, 32)
+    return synthetic_tiles(200, 32)
 
 
 def rebuilt(samples, **changes):
     fields = {k: getattr(samples, k) for k in ("images", "masks", "table", "classes", "source")}
-    return data.Samples(**fields | changes)
+    return Samples(**fields | changes)
 
 
 @given(idx=st.lists(st.integers(-200, 199), max_size=20))
@@ -508,8 +559,10 @@ def test_indexing_keeps_image_mask_and_row_together(synthetic, idx):
 
 def test_indexing_by_mask_slice_and_number(synthetic):
     assert synthetic[synthetic.clean].clean.all() and len(synthetic[10:14]) == 4 and len(synthetic[3]) == 1
-    with pytest.raises(IndexError): synthetic[[200]]
-    with pytest.raises(IndexError): synthetic[np.ones(3, bool)]
+    with pytest.raises(IndexError):
+        synthetic[[200]]
+    with pytest.raises(IndexError):
+        synthetic[np.ones(3, bool)]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -525,13 +578,14 @@ def test_indexing_by_mask_slice_and_number(synthetic):
     (lambda s: dict(table=s.table.assign(**{"class": "Free"})), r"Free images have no defect pixels, but \d+ do: 'synthetic_0_exp"),
 ])
 def test_samples_refuse_what_does_not_fit(synthetic, change, message):
-    with pytest.raises(ValueError, match=message): rebuilt(synthetic, **change(synthetic))
+    with pytest.raises(ValueError, match=message):
+        rebuilt(synthetic, **change(synthetic))
 
 
 def test_samples_take_colour(synthetic):
     colour = rebuilt(synthetic, images=np.repeat(synthetic.images[..., None], 3, -1))
     assert colour[:5].images.shape == (5, 32, 32, 3)
-    data.show_samples(colour, [0, 100], titles=["a", "b"])
+    show_samples(colour, [0, 100], titles=["a", "b"])
 
 
 CLASSES_TWO = ("A", "B")
@@ -555,7 +609,7 @@ def made(**changes):
     """Samples of `own`; columns of the table are given as `table_<column>`."""
     fields = own()
     columns = {k.removeprefix("table_"): changes.pop(k) for k in list(changes) if k.startswith("table_")}
-    return data.Samples(**fields | dict(table=fields["table"].assign(**columns)) | changes)
+    return Samples(**fields | dict(table=fields["table"].assign(**columns)) | changes)
 
 
 def fill(values, i, value):
@@ -605,15 +659,16 @@ def test_samples_are_the_same_whichever_way_they_are_given(way):
         array = getattr(found, name)
         assert (array == getattr(expected, name)).all() and array.dtype == np.uint8
         assert array.flags.c_contiguous and array.flags.writeable
-    table = found.table[list(data.TABLE_COLUMNS)]
+    table = found.table[list(TABLE_COLUMNS)]
     pd.testing.assert_frame_equal(table.astype({"name": object, "class": object}), expected.table.astype({"name": object, "class": object}))
     assert found.usable.dtype == bool and table["usable"].dtype == bool and table["tile"].dtype.kind == "i"
-    assert data.split_samples(found)[1].table["name"].tolist() == data.split_samples(expected)[1].table["name"].tolist()
+    assert split_samples(found)[1].table["name"].tolist() == split_samples(expected)[1].table["name"].tolist()
 
 
 def test_read_only_arrays_are_copied():
     images, masks = IMAGES.copy(), MASKS.copy()
-    for array in (images, masks): array.flags.writeable = False
+    for array in (images, masks):
+        array.flags.writeable = False
     samples = made(images=images, masks=masks)
     assert samples.images.flags.writeable and samples.masks.flags.writeable
 
@@ -623,7 +678,7 @@ def test_the_callers_table_and_arrays_stay_as_they_are():
     before = fields["table"].copy()
     fields["table"] = fields["table"].assign(usable=1, tile=fields["table"]["tile"].astype(float))
     kept = fields["table"].copy()
-    data.Samples(**fields)
+    Samples(**fields)
     assert fields["table"].equals(kept) and own()["table"].equals(before)
 
 
@@ -708,13 +763,15 @@ REFUSED_TYPES = {
 @pytest.mark.parametrize("fault", REFUSED)
 def test_samples_refuse_what_could_give_a_wrong_number(fault):
     changes, message = REFUSED[fault]
-    with pytest.raises(ValueError, match=f"(?s){message}"): made(**changes)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        made(**changes)
 
 
 @pytest.mark.parametrize("fault", REFUSED_TYPES)
 def test_samples_refuse_other_types(fault):
     changes, message = REFUSED_TYPES[fault]
-    with pytest.raises(TypeError, match=message): made(**changes)
+    with pytest.raises(TypeError, match=message):
+        made(**changes)
 
 
 def test_usable_zero_and_one_is_what_false_and_true_are():
@@ -726,12 +783,14 @@ def test_usable_zero_and_one_is_what_false_and_true_are():
 def test_a_column_altered_later_is_looked_at_again():
     samples = made()
     samples.table["usable"] = 1
-    assert samples.usable.dtype == bool and len(data.split_samples(samples)[1]) == 6
+    assert samples.usable.dtype == bool and len(split_samples(samples)[1]) == 6
     samples.table["usable"] = "False"
-    with pytest.raises(ValueError, match="usable to be True or False"): data.split_samples(samples)
+    with pytest.raises(ValueError, match="usable to be True or False"):
+        split_samples(samples)
     samples = made()
     samples.table["tile"] = samples.table["tile"].where(samples.table.index > 3)
-    with pytest.raises(ValueError, match="part .* of 4 images is unknown"): data.split_samples(samples)
+    with pytest.raises(ValueError, match="part .* of 4 images is unknown"):
+        split_samples(samples)
 
 
 def test_a_defect_lost_in_the_resize_is_said_and_taken():
@@ -745,7 +804,7 @@ def test_a_defect_lost_in_the_resize_is_said_and_taken():
 
 def test_an_image_may_show_several_classes():
     samples = made(masks=altered(MASKS, (slice(10, 12), 0), 2))
-    table = data.dataset_table(samples)
+    table = dataset_table(samples)
     assert table["images"].tolist() == [10, 10, 12] and table["tiles"].tolist() == [5, 5, 6]
     assert table.loc["A", "area"] == pytest.approx(100 * 24 / 240) and table.loc["B", "area"] == pytest.approx(100 * (10 * 24 + 2 * 20) / 240 / 12)
 
@@ -755,8 +814,10 @@ def test_indexing_gives_arrays_that_pytorch_takes():
     for idx in (slice(None, None, -1), slice(0, 9, 2), [3, 1], samples.usable, 4):
         part = samples[idx]
         assert part.images.flags.c_contiguous and part.masks.flags.c_contiguous and part.table.index.tolist() == list(range(len(part)))
-    with pytest.raises(IndexError): samples[[[1, 2], [3, 4]]]
-    with pytest.raises(IndexError): samples["000"]
+    with pytest.raises(IndexError):
+        samples[[[1, 2], [3, 4]]]
+    with pytest.raises(IndexError):
+        samples["000"]
 
 
 @pytest.mark.parametrize("channels", [0, 1, 3])
@@ -764,10 +825,11 @@ def test_indexing_gives_arrays_that_pytorch_takes():
 def test_any_shape_is_split_and_shown(size, channels):
     fields = own(size, channels)
     fields["masks"] = np.broadcast_to((np.arange(30) // 10).astype(np.uint8)[:, None, None], (30, *size))
-    samples = data.Samples(**fields)
-    train, val = data.split_samples(samples)
-    assert len(val) == 6 and len(train) == 24 and data.dataset_table(samples)["area"][1:].tolist() == [100, 100]
-    if min(size) > 1: data.show_samples(samples, slice(0, 2))
+    samples = Samples(**fields)
+    train, val = split_samples(samples)
+    assert len(val) == 6 and len(train) == 24 and dataset_table(samples)["area"][1:].tolist() == [100, 100]
+    if min(size) > 1:
+        show_samples(samples, slice(0, 2))
 
 
 TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=12)
@@ -776,34 +838,35 @@ NAME = TEXT.filter(lambda n: not set(n) & set("/\\\0"))
 PART = st.one_of(st.sampled_from(["001", "1", "NA", "nan", "1e3", "True", "-1", " 1", "1.0"]), TEXT)
 
 
-@given(st.lists(CLASS, min_size=2, max_size=2, unique=True), st.lists(NAME, min_size=30, max_size=30, unique_by=data.same_name),
+@given(st.lists(CLASS, min_size=2, max_size=2, unique=True), st.lists(NAME, min_size=30, max_size=30, unique_by=same_name),
        st.lists(PART, min_size=15, max_size=15, unique=True))
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_a_class_a_name_and_a_part(classes, texts, parts):
     kinds = TABLE["class"].replace(dict(zip(CLASSES_TWO, classes)))
     samples = made(classes=classes, table_class=kinds, table_name=texts, table_tile=np.repeat(np.array(parts, object), 2))
-    assert samples.table["name"].tolist() == texts and list(data.dataset_table(samples).index) == ["Free", *classes]
-    train, val = data.split_samples(samples)
+    assert samples.table["name"].tolist() == texts and list(dataset_table(samples).index) == ["Free", *classes]
+    train, val = split_samples(samples)
     assert not set(train.table["tile"]) & set(val.table["tile"])
     for table in (samples.table, train.table, val.table):
-        again = data.read_table(data.csv_bytes(table))
-        assert all(again[c].tolist() == table[c].tolist() for c in data.TABLE_COLUMNS)
+        again = read_table(csv_bytes(table))
+        assert all(again[c].tolist() == table[c].tolist() for c in TABLE_COLUMNS)
 
 
 @pytest.mark.parametrize("text", ["a$\\frac$", "$", "_a", "\udce9", "\x07", "a\nb", "\u65b0", ""])
 def test_pictures_show_any_text(text):
     samples = made(table_tile=[f"{text}{i // 2}" for i in range(30)], table_class=TABLE["class"].replace({"A": f"{text}A"}), classes=(f"{text}A", "B"))
-    three, one = data.show_samples(samples, slice(9, 12)), data.show_samples(samples, [0], titles=[text])
-    for figure in (three, one): figure.canvas.draw()
-    assert sum(bool(ax.images) for ax in three.axes) == 3 and one.axes[0].get_title() == data.drawable(text)
+    three, one = show_samples(samples, slice(9, 12)), show_samples(samples, [0], titles=[text])
+    for figure in (three, one):
+        figure.canvas.draw()
+    assert sum(bool(ax.images) for ax in three.axes) == 3 and one.axes[0].get_title() == drawable(text)
 
 
 # ---- tables on disk -------------------------------------------------------------------------------------------------------
 
 def test_a_table_of_the_magnetic_tiles_is_written_as_before():
-    index = data.read_index()
-    assert data.csv_bytes(index) == index.to_csv(index=False, lineterminator="\n").encode()
-    assert index.equals(pd.read_csv(Path(data.__file__).with_name("magnetic_tiles.csv")))
+    index = read_index()
+    assert csv_bytes(index) == index.to_csv(index=False, lineterminator="\n").encode()
+    assert index.equals(pd.read_csv(SHIPPED.joinpath("magnetic_tiles.csv")))
 
 
 @given(st.lists(st.tuples(TEXT, TEXT, st.one_of(PART, st.just("")), st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 2**40)), min_size=1), CLASS)
@@ -811,9 +874,10 @@ def test_a_table_of_the_magnetic_tiles_is_written_as_before():
 def test_text_is_read_back_as_it_was(rows, kind):
     table = pd.DataFrame(rows, columns=["name", "class", "tile", f"p_{kind}", f"tp_{kind}"])
     table["tile"] = table["tile"].astype(object)
-    again = data.read_table(data.csv_bytes(table))
+    again = read_table(csv_bytes(table))
     assert list(again.columns) == list(table.columns)
-    for column in ("name", "class", "tile", f"tp_{kind}"): assert again[column].tolist() == table[column].tolist()
+    for column in ("name", "class", "tile", f"tp_{kind}"):
+        assert again[column].tolist() == table[column].tolist()
     assert np.allclose(again[f"p_{kind}"], table[f"p_{kind}"], rtol=1e-15, atol=0)
 
 
@@ -821,7 +885,7 @@ def test_text_is_read_back_as_it_was(rows, kind):
 @settings(max_examples=50, deadline=None)
 def test_whole_numbers_stay_parts_that_are_numbers(tiles):
     table = pd.DataFrame({"name": [f"{i}" for i in range(len(tiles))], "class": "A", "tile": tiles})
-    tiles = data.read_table(data.csv_bytes(table))["tile"].tolist()
+    tiles = read_table(csv_bytes(table))["tile"].tolist()
     assert list(map(str, tiles)) == list(map(str, table["tile"])) and (max(map(abs, table["tile"])) >= 10**18 or tiles == table["tile"].tolist())
 
 
@@ -829,7 +893,7 @@ def test_whole_numbers_stay_parts_that_are_numbers(tiles):
 def test_tables_of_other_programs(tmp_path, end):
     text = end.join(["name,class,tile,tp_A,fold", "001,NA,007,1,", "a\rb" * (end == "\n") + "c,null,x,2,3", ""])
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    table = data.read_table(tmp_path / "t.csv")
+    table = read_table(tmp_path / "t.csv")
     assert table["name"].tolist()[0] == "001" and table["class"].tolist() == ["NA", "null"] and table["tile"].tolist() == ["007", "x"]
     assert list(table.columns)[0] == "name" and table["fold"].isna().tolist() == [True, False] and table["tp_A"].tolist() == [1, 2]
 
@@ -837,7 +901,7 @@ def test_tables_of_other_programs(tmp_path, end):
 # ---- the index ------------------------------------------------------------------------------------------------------------
 
 def test_index_is_complete():
-    index = data.read_index()
+    index = read_index()
     assert index.groupby("class").size().to_dict() == {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Free": 952, "Uneven": 103}
     assert index["number"].is_unique and index["jpg"].is_unique and index["jpg"].str.fullmatch("[0-9a-f]{64}").all()
     parts = index["name"].str.extract(r"exp(\d)_num_(\d+)$").astype(int)
@@ -861,28 +925,32 @@ def awkward(synthetic):
     return rebuilt(synthetic, table=table, masks=masks)
 
 
-def names(samples): return set(samples.table["name"])
+def names(samples):
+    return set(samples.table["name"])
 
 
-SPLITS = dict(protocol=st.sampled_from(data.PROTOCOLS), fold=st.integers(0, 4), partition=st.integers(0, 8))
+SPLITS = dict(split=st.sampled_from(SPLITS), fold=st.integers(0, 4), partition=st.integers(0, 8))
 
 
 @given(**SPLITS, fraction=st.floats(0.01, 1), clean_validation=st.booleans(), keep_empty=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_split_keeps_its_promises(awkward, protocol, fold, partition, fraction, clean_validation, keep_empty):
-    train, val = data.split_samples(awkward, protocol, fold, partition, fraction, clean_validation, keep_empty)
+    train, val = split_samples(awkward, protocol, fold, partition, fraction, clean_validation, keep_empty)
     assert not names(train) & names(val)
     assert set(train.label) == set(range(6))
     assert all((part.table["usable"] | ~part.clean).all() for part in ((train, val) if clean_validation else (val,)))
-    if not keep_empty: assert (train.masks.any((1, 2)) | train.clean).all() and val.table["usable"].all()
-    if protocol == "tile": assert not set(train.table["tile"]) & set(val.table["tile"])
-    if not clean_validation: assert not val.clean.any()
+    if not keep_empty:
+        assert (train.masks.any((1, 2)) | train.clean).all() and val.table["usable"].all()
+    if protocol == "tile":
+        assert not set(train.table["tile"]) & set(val.table["tile"])
+    if not clean_validation:
+        assert not val.clean.any()
 
 
 @given(**SPLITS, fractions=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), keep_empty=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_fractions_are_nested_and_leave_validation_alone(awkward, protocol, fold, partition, fractions, keep_empty):
-    split = lambda fraction: data.split_samples(awkward, protocol, fold, partition, fraction, keep_empty=keep_empty)
+    split = lambda fraction: split_samples(awkward, protocol, fold, partition, fraction, keep_empty=keep_empty)
     (small, val), (large, same) = map(split, sorted(fractions))
     assert names(small) <= names(large) and names(val) == names(same)
     whole = split(1.0)[0].table
@@ -891,10 +959,10 @@ def test_fractions_are_nested_and_leave_validation_alone(awkward, protocol, fold
         assert set(kept["name"]) == names(small)
 
 
-@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+@pytest.mark.parametrize("protocol", SPLITS)
 @pytest.mark.parametrize("partition", [0, 1, 7])
 def test_five_folds_validate_everything_once(awkward, protocol, partition):
-    validated = [n for k in range(5) for n in data.split_samples(awkward, protocol, k, partition)[1].table["name"]]
+    validated = [n for k in range(5) for n in split_samples(awkward, protocol, k, partition)[1].table["name"]]
     assert len(validated) == len(set(validated)) and set(validated) == names(awkward[awkward.table["usable"].to_numpy()])
     assert len(awkward) - len(validated) == 4  # three suspect images, one empty mask
 
@@ -902,19 +970,19 @@ def test_five_folds_validate_everything_once(awkward, protocol, partition):
 @given(fold=SPLITS["fold"], partition=SPLITS["partition"])
 @settings(max_examples=15, deadline=None)
 def test_clean_tiles_are_the_same_under_both_protocols(awkward, fold, partition):
-    tile, image = (data.split_samples(awkward, p, fold, partition)[1] for p in data.PROTOCOLS)
+    tile, image = (split_samples(awkward, p, fold, partition)[1] for p in SPLITS)
     assert names(tile[tile.clean]) == names(image[image.clean])
 
 
 def test_split_is_reproducible_and_partitions_differ(awkward):
-    again = [data.split_samples(awkward, "image", 3)[1] for _ in range(2)]
-    assert names(again[0]) == names(again[1]) != names(data.split_samples(awkward, "image", 3, partition=1)[1])
+    again = [split_samples(awkward, "image", 3)[1] for _ in range(2)]
+    assert names(again[0]) == names(again[1]) != names(split_samples(awkward, "image", 3, partition=1)[1])
 
 
 def test_clean_validation_false_trains_on_all_clean_images(awkward):
-    train, val = data.split_samples(awkward, "image", 0, clean_validation=False)
+    train, val = split_samples(awkward, "image", 0, clean_validation=False)
     assert train.clean.sum() == awkward.clean.sum() and not val.clean.any()
-    kept = data.split_samples(awkward, "image", 0)[1]
+    kept = split_samples(awkward, "image", 0)[1]
     assert names(val) == names(kept[~kept.clean])
 
 
@@ -922,9 +990,9 @@ def test_clean_validation_false_trains_on_all_clean_images(awkward):
 @settings(max_examples=30, deadline=None)
 def test_held_out_is_what_split_samples_validates(awkward, protocol, fold, partition):
     usable = awkward[awkward.table["usable"].to_numpy()]
-    expected = names(data.split_samples(awkward, protocol, fold, partition)[1])
+    expected = names(split_samples(awkward, protocol, fold, partition)[1])
     for samples in (awkward, usable):
-        assert names(samples[data.held_out(samples, protocol, fold, partition)]) == expected
+        assert names(samples[held_out(samples, protocol, fold, partition)]) == expected
 
 
 # ---- empty masks ----------------------------------------------------------------------------------------------------------
@@ -938,51 +1006,55 @@ def without_masks(samples, indices, **columns):
     """The samples with some masks emptied and called unusable."""
     masks, table = samples.masks.copy(), samples.table.copy()
     masks[indices], table.loc[indices, "usable"] = 0, False
-    for column, value in columns.items(): table.loc[indices, column] = value
+    for column, value in columns.items():
+        table.loc[indices, column] = value
     return rebuilt(samples, masks=masks, table=table)
 
 
-@given(protocol=SPLITS["protocol"], partition=SPLITS["partition"], count=st.integers(0, 12), seed=st.integers(0, 99))
+@given(split=SPLITS["protocol"], partition=SPLITS["partition"], count=st.integers(0, 12), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_empty_masks_get_a_fold_and_change_no_other(synthetic, protocol, partition, count, seed):
     empty = np.sort(np.random.default_rng(seed).permutation(later_photographs(synthetic))[:count])
     samples = without_masks(synthetic, empty)
-    folds, kept = (data.find_folds(samples, protocol, partition, keep_empty=k) for k in (False, True))
+    folds, kept = (find_folds(samples, protocol, partition, keep_empty=k) for k in (False, True))
     assert np.flatnonzero(folds < 0).tolist() == empty.tolist() and (kept >= 0).all()
     assert (kept[folds >= 0] == folds[folds >= 0]).all()
-    if protocol == "tile": assert (pd.Series(kept).groupby(samples.table["tile"]).nunique() == 1).all()
-    else: assert kept[empty].tolist() == [i % 5 for i in range(count)]
+    if protocol == "tile":
+        assert (pd.Series(kept).groupby(samples.table["tile"]).nunique() == 1).all()
+    else:
+        assert kept[empty].tolist() == [i % 5 for i in range(count)]
 
 
 def test_a_tile_of_empty_masks_alone_stays_together(synthetic):
     empty = np.array(later_photographs(synthetic)[:4])
     samples = without_masks(synthetic, empty[:2], tile=901)
     samples = without_masks(samples, empty[2:], tile=900)
-    kept = data.find_folds(samples, "tile", keep_empty=True)
+    kept = find_folds(samples, "tile", keep_empty=True)
     assert kept[empty].tolist() == [0, 0, 1, 1]
-    train, val = data.split_samples(samples, "tile", 1, keep_empty=True)
+    train, val = split_samples(samples, "tile", 1, keep_empty=True)
     assert {900} == {901, 900} & set(val.table["tile"]) and {901} == {901, 900} & set(train.table["tile"])
 
 
 @given(**SPLITS, fraction=st.floats(0.01, 1), clean_validation=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_keep_empty_changes_nothing_where_no_mask_is_empty(synthetic, fraction, clean_validation, **split):
-    pairs = [data.split_samples(synthetic, **split, fraction=fraction, clean_validation=clean_validation, keep_empty=k)
+    pairs = [split_samples(synthetic, **split, fraction=fraction, clean_validation=clean_validation, keep_empty=k)
              for k in (False, True)]
-    for one, other in zip(*pairs): assert one.table.equals(other.table)
+    for one, other in zip(*pairs):
+        assert one.table.equals(other.table)
 
 
 @given(**SPLITS, clean_validation=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_keep_empty_adds_images_and_takes_none_away(awkward, clean_validation, **split):
     split |= dict(clean_validation=clean_validation)
-    (train, val), (more, also) = (data.split_samples(awkward, **split, keep_empty=k) for k in (False, True))
+    (train, val), (more, also) = (split_samples(awkward, **split, keep_empty=k) for k in (False, True))
     empty = names(awkward[~awkward.clean & ~awkward.masks.any((1, 2))])
     assert len(empty) == 1 and (names(more) - names(train)) | (names(also) - names(val)) == empty
     assert names(train) <= names(more) and names(val) <= names(also)
 
 
-@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+@pytest.mark.parametrize("protocol", SPLITS)
 def test_a_defect_lost_at_the_working_size_trains_only_with_keep_empty(synthetic, protocol):
     masks = synthetic.masks.copy()
     masks[lost := np.flatnonzero(~synthetic.clean)[0]] = 0
@@ -990,13 +1062,13 @@ def test_a_defect_lost_at_the_working_size_trains_only_with_keep_empty(synthetic
         samples = rebuilt(synthetic, masks=masks, table=synthetic.table.assign(width=64))
     name = synthetic.table["name"][lost]
     for fold in range(5):
-        (train, val), (more, same) = (data.split_samples(samples, protocol, fold, keep_empty=k) for k in (False, True))
+        (train, val), (more, same) = (split_samples(samples, protocol, fold, keep_empty=k) for k in (False, True))
         assert name not in names(train) and (name in names(more)) != (name in names(val)) and names(val) == names(same)
 
 
 def test_the_authors_protocol_leaves_nothing_out(awkward):
-    options = dict(protocol="image", clean_validation=False, keep_empty=True)
-    pairs = [data.split_samples(awkward, fold=fold, **options) for fold in range(5)]
+    options = dict(split="image", clean_validation=False, keep_empty=True)
+    pairs = [split_samples(awkward, fold=fold, **options) for fold in range(5)]
     for train, val in pairs:
         assert names(train) | names(val) == names(awkward) and names(awkward[awkward.clean]) <= names(train)
     assert sum(len(val) for _, val in pairs) == (~awkward.clean).sum()
@@ -1004,20 +1076,21 @@ def test_the_authors_protocol_leaves_nothing_out(awkward):
 
 def test_suspect_images_stay_out_with_keep_empty(awkward):
     suspect = names(awkward[awkward.clean & ~awkward.table["usable"].to_numpy()])
-    for protocol in data.PROTOCOLS:
-        for part in data.split_samples(awkward, protocol, keep_empty=True): assert not suspect & names(part)
+    for protocol in SPLITS:
+        for part in split_samples(awkward, protocol, keep_empty=True):
+            assert not suspect & names(part)
 
 
 # ---- fractions and faults -------------------------------------------------------------------------------------------------
 
 def test_fraction_counts_tiles(synthetic):
-    half, whole = (data.split_samples(synthetic, fold=1, fraction=f)[0].table for f in (0.5, 1))
+    half, whole = (split_samples(synthetic, fold=1, fraction=f)[0].table for f in (0.5, 1))
     count = lambda t: t.groupby("class")["tile"].nunique()
     assert ((count(half) - count(whole) / 2).abs() <= 0.5).all()
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(protocol="tiles"), "unknown protocol 'tiles': expected one of tile, image"),
+    (dict(split="tiles"), "unknown split 'tiles': expected one of tile, image"),
     (dict(fraction=0), r"expected a fraction in \(0, 1\], got 0"),
     (dict(fraction=1.5), r"expected a fraction in \(0, 1\], got 1.5"),
     (dict(fraction=float("nan")), "expected a fraction"),
@@ -1031,9 +1104,12 @@ def test_fraction_counts_tiles(synthetic):
     (dict(partition=0.5), "expected a partition >= 0, a whole number, got 0.5"),
 ])
 def test_wrong_split_arguments(synthetic, arguments, message):
-    with pytest.raises(ValueError, match=message): data.split_samples(synthetic, **arguments)
-    if "fraction" in arguments: return
-    with pytest.raises(ValueError, match=message): data.held_out(synthetic, **dict(protocol="tile", fold=0) | arguments)
+    with pytest.raises(ValueError, match=message):
+        split_samples(synthetic, **arguments)
+    if "fraction" in arguments:
+        return
+    with pytest.raises(ValueError, match=message):
+        held_out(synthetic, **dict(split="tile", fold=0) | arguments)
 
 
 def several_classes(seed):
@@ -1045,8 +1121,8 @@ def several_classes(seed):
                 masks.append(np.zeros((16, 16), np.uint8))
                 masks[-1][4:8, 4:8] = k
                 rows.append((f"{part}-{k}-{view}", ("Free", "Ast", "Bug", "Cut")[k], part, view, 16, 16, True))
-    table = pd.DataFrame(rows, columns=list(data.TABLE_COLUMNS))
-    return data.Samples(np.zeros((len(rows), 16, 16), np.uint8), np.stack(masks), table, ("Ast", "Bug", "Cut"), "own")
+    table = pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
+    return Samples(np.zeros((len(rows), 16, 16), np.uint8), np.stack(masks), table, ("Ast", "Bug", "Cut"), "own")
 
 
 @given(seed=st.integers(0, 2000), **SPLITS)
@@ -1055,7 +1131,8 @@ def test_a_class_that_a_side_lacks_is_named(seed, protocol, fold, partition):
     samples = several_classes(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try: train, val = data.split_samples(samples, protocol, fold, partition)
+        try:
+            train, val = split_samples(samples, protocol, fold, partition)
         except ValueError as error:
             assert re.search("at least 5 tiles|validates no image at all", str(error))
             return
@@ -1070,9 +1147,11 @@ def test_a_class_that_a_side_lacks_is_named(seed, protocol, fold, partition):
 def test_rarest_class_by_hand(seed, kinds):
     rng = np.random.default_rng(seed)
     members = np.zeros((20, kinds + 1), bool)
-    for row in members: row[rng.choice(kinds + 1, rng.integers(1, kinds + 2), replace=False)] = True
-    counts, found = members.sum(0), data.rarest_class(members)
-    for row, k in zip(members, found): assert row[k] and counts[k] == counts[row].min() and k == np.flatnonzero(row & (counts == counts[k]))[0]
+    for row in members:
+        row[rng.choice(kinds + 1, rng.integers(1, kinds + 2), replace=False)] = True
+    counts, found = members.sum(0), rarest_class(members)
+    for row, k in zip(members, found):
+        assert row[k] and counts[k] == counts[row].min() and k == np.flatnonzero(row & (counts == counts[k]))[0]
 
 
 def test_an_image_is_stratified_by_its_rarest_class():
@@ -1081,15 +1160,16 @@ def test_an_image_is_stratified_by_its_rarest_class():
     masks[20:] = 0
     masks[10:20:2, :4] = 2
     table = TABLE.assign(name=[f"{i:02}" for i in range(30)], tile=range(30), width=8, height=8, **{"class": ["Free"] * 10 + ["A"] * 10 + ["Free"] * 10})
-    samples = data.Samples(masks, masks, table, CLASSES_TWO, "own")
+    samples = Samples(masks, masks, table, CLASSES_TWO, "own")
     for partition in range(4):
-        folds = [data.split_samples(samples, fold=fold, partition=partition)[1] for fold in range(5)]
+        folds = [split_samples(samples, fold=fold, partition=partition)[1] for fold in range(5)]
         assert [(val.masks == 2).any((1, 2)).sum() for val in folds] == [1] * 5
 
 
 def test_too_few_tiles_are_named(synthetic):
     few = synthetic[(synthetic.table["class"] != "Fray") | (synthetic.table["tile"] % 2 == 0)]
-    with pytest.raises(ValueError, match=r"at least 5 tiles of each class .* got \{'Fray': \d\}"): data.split_samples(few)
+    with pytest.raises(ValueError, match=r"at least 5 tiles of each class .* got \{'Fray': \d\}"):
+        split_samples(few)
 
 
 # ---- synthetic ------------------------------------------------------------------------------------------------------------
@@ -1097,29 +1177,31 @@ def test_too_few_tiles_are_named(synthetic):
 @given(n=st.integers(60, 150), size=st.sampled_from([32, 48, 64]), seed=st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None)
 def test_synthetic_tiles(n, size, seed):
-    a, b = (data.synthetic_tiles(n, size, seed) for _ in range(2))
+    a, b = (synthetic_tiles(n, size, seed) for _ in range(2))
     assert len(a) == n and a.images.shape == (n, size, size) and a.source == "synthetic"
     assert (a.images == b.images).all() and (a.masks == b.masks).all() and a.table.equals(b.table)
     assert a.masks[~a.clean].any(axis=(1, 2)).all() and all(set(np.unique(m)) <= {0, k} for m, k in zip(a.masks, a.label))
     assert a.table["name"].is_unique and a.table.groupby("tile")["class"].nunique().max() == 1
     assert a.table.groupby("class")["tile"].nunique().min() >= 5
-    for _, own in a.table.groupby("tile"): assert len(own) > 1 and (np.diff(own["exposure"]) > 0).all()
-    for fold in range(5): data.split_samples(a, fold=fold)
+    for _, own in a.table.groupby("tile"):
+        assert len(own) > 1 and (np.diff(own["exposure"]) > 0).all()
+    for fold in range(5):
+        split_samples(a, fold=fold)
 
 
-@given(kind=st.sampled_from(data.MT_CLASSES), side=st.integers(34, 130), seed=st.integers(0, 2**32))
+@given(kind=st.sampled_from(MT_CLASSES), side=st.integers(34, 130), seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
 def test_masks_are_exactly_what_was_changed(kind, side, seed):
     rng = np.random.default_rng(seed)
-    surface = data.clean_surface(rng, side)
+    surface = clean_surface(rng, side)
     before = surface.copy()
-    changed, mask = data.add_defect(rng, kind, surface)
+    changed, mask = add_defect(rng, kind, surface)
     assert (surface == before).all() and mask.any() and not mask.all()
     assert (changed[~mask] == before[~mask]).all() and (changed[mask] != before[mask]).mean() > 0.9
 
 
 def test_synthetic_sizes_are_like_the_real_ones():
-    table = data.dataset_table(data.synthetic_tiles(1344, 64))
+    table = dataset_table(synthetic_tiles(1344, 64))
     assert table["images"].tolist() == [952, 115, 85, 57, 32, 103]
     for kind, real, low, high in (("Blowhole", 0.21, .7, 2), ("Break", 4.24, .4, 2), ("Crack", 0.49, .5, 2.5), ("Fray", 17.1, .6, 1.6),
                                   ("Uneven", 23.9, .7, 1.4)):
@@ -1127,7 +1209,7 @@ def test_synthetic_sizes_are_like_the_real_ones():
 
 
 def test_defects_show_but_not_by_brightness_alone():
-    samples = data.synthetic_tiles(336, 64)
+    samples = synthetic_tiles(336, 64)
     holes = np.flatnonzero(samples.label == 1)
     dark = [samples.images[i][samples.masks[i] > 0].mean() < samples.images[i].mean() for i in holes]
     assert np.mean(dark) > 0.8
@@ -1137,25 +1219,26 @@ def test_defects_show_but_not_by_brightness_alone():
 
 def test_synthetic_tiles_are_quick():
     start = time.perf_counter()
-    data.synthetic_tiles(120, 64)
+    synthetic_tiles(120, 64)
     assert time.perf_counter() - start < 1.5
 
 
 @pytest.mark.parametrize("arguments, message", [(dict(n=59), "expected n >= 60"), (dict(n=100, size=31), "expected size >= 32")])
 def test_synthetic_minimum(arguments, message):
-    with pytest.raises(ValueError, match=message): data.synthetic_tiles(**arguments)
+    with pytest.raises(ValueError, match=message):
+        synthetic_tiles(**arguments)
 
 
 # ---- the real dataset -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def real():
-    return data.magnetic_tiles(ROOT)
+    return magnetic_tiles(ROOT)
 
 
 @needs_real
 def test_real_table_is_the_papers(real):
-    table = data.dataset_table(real)
+    table = dataset_table(real)
     assert table["images"].tolist() == [952, 115, 85, 57, 32, 103] and table.loc["Uneven", "empty"] == 6
     assert table["area"][1:].round(2).tolist() == [0.21, 4.24, 0.49, 17.10, 23.90]
     assert table["deviation"][1:].round(2).tolist() == [0.16, 7.22, 0.53, 14.15, 14.32]  # the paper prints 15.32 for the last
@@ -1164,8 +1247,8 @@ def test_real_table_is_the_papers(real):
 @needs_real
 @pytest.mark.parametrize("fold, partition", [(0, 0), (4, 0), (1, 2)])
 def test_real_folds(real, fold, partition):
-    for protocol in data.PROTOCOLS:
-        train, val = data.split_samples(real, protocol, fold, partition)
+    for protocol in SPLITS:
+        train, val = split_samples(real, protocol, fold, partition)
         assert len(train) + len(val) == real.table["usable"].sum() and set(train.label) == set(val.label) == set(range(6))
 
 
@@ -1180,26 +1263,27 @@ FROZEN = {  # SHA-256 over the sorted names that each fold validates: published 
 @pytest.mark.parametrize("protocol, partitions", FROZEN)
 def test_folds_are_frozen(real, protocol, partitions):
     splits = [(fold, partition) for partition in partitions for fold in range(5)]
-    folds = [sorted(data.split_samples(real, protocol, *split)[1].table["name"]) for split in splits]
+    folds = [sorted(split_samples(real, protocol, *split)[1].table["name"]) for split in splits]
     digest = sha256("\n".join(" ".join(f) for f in folds).encode()).hexdigest()[:16]
     assert digest == FROZEN[protocol, partitions]
 
 
 @needs_real
-@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+@pytest.mark.parametrize("protocol", SPLITS)
 def test_real_empty_masks(real, protocol):
-    options = dict(protocol=protocol, clean_validation=False, keep_empty=True)
-    pairs = [data.split_samples(real, fold=fold, **options) for fold in range(5)]
+    options = dict(split=protocol, clean_validation=False, keep_empty=True)
+    pairs = [split_samples(real, fold=fold, **options) for fold in range(5)]
     empty = [(~part.masks.any((1, 2)) & ~part.clean).sum() for pair in pairs for part in pair]
     assert sum(len(val) for _, val in pairs) == 392 and sum(empty) == 5 * 6
-    if protocol == "image": assert all(train.clean.sum() == 952 for train, _ in pairs)
+    if protocol == "image":
+        assert all(train.clean.sum() == 952 for train, _ in pairs)
 
 
 @needs_real
 def test_folds_do_not_depend_on_size_or_threshold(real):
-    for other in (data.magnetic_tiles(ROOT, size=64), data.magnetic_tiles(ROOT, size=128, threshold=0)):
-        for protocol in data.PROTOCOLS:
-            (train, val), (small, same) = (data.split_samples(s, protocol, 3) for s in (real, other))
+    for other in (magnetic_tiles(ROOT, size=64), magnetic_tiles(ROOT, size=128, threshold=0)):
+        for protocol in SPLITS:
+            (train, val), (small, same) = (split_samples(s, protocol, 3) for s in (real, other))
             assert names(val) == names(same) and names(small) <= names(train)
             assert names(train) - names(small) == set(other.table["name"][~other.clean & ~other.masks.any((1, 2))]) & names(train)
 
@@ -1219,9 +1303,11 @@ def test_real_faults_are_named(linked):
     jpg, lost, resized = (linked / f"MT_{n}" for n in (
         "Crack/Imgs/exp4_num_85602.jpg", "Blowhole/Imgs/exp1_num_108719.png", "Fray/Imgs/exp0_num_797.png"))
     content, mask = jpg.read_bytes(), Image.open(resized).resize((100, 100))
-    for path in (jpg, lost, resized): path.unlink()
+    for path in (jpg, lost, resized):
+        path.unlink()
     jpg.write_bytes(content[:5000]), mask.save(resized)
-    with pytest.raises(data.DamagedDataset) as error: data.magnetic_tiles(linked)
+    with pytest.raises(DamagedDataset) as error:
+        magnetic_tiles(linked)
     for text in ("3 problems", "exp4_num_85602.jpg: truncated", "exp1_num_108719.png: missing", "expected 488 x 354 pixels, got 100 x 100"):
         assert text in str(error.value)
 
@@ -1238,12 +1324,12 @@ def marked_fields(**changes):
 
 
 def test_samples_keep_what_they_ignore():
-    samples = data.Samples(**marked_fields())
+    samples = Samples(**marked_fields())
     assert samples.masks.dtype == np.uint8 and samples[1].ignore_index == samples[[2, 0]].ignore_index == 255
     assert samples[samples.clean].masks[0, :, 0].tolist() == [255] * 8
-    assert data.Samples(**marked_fields(ignore_index=np.uint8(255))).ignore_index == 255
-    assert data.class_members(samples).tolist() == np.eye(3, dtype=bool)[[1, 2, 0]].tolist()
-    assert data.dataset_table(samples).loc["Ast", "area"] == 100 * 4 / 40
+    assert Samples(**marked_fields(ignore_index=np.uint8(255))).ignore_index == 255
+    assert class_members(samples).tolist() == np.eye(3, dtype=bool)[[1, 2, 0]].tolist()
+    assert dataset_table(samples).loc["Ast", "area"] == 100 * 4 / 40
 
 
 @pytest.mark.parametrize("changes, error, words", [
@@ -1257,13 +1343,14 @@ def test_samples_keep_what_they_ignore():
     (dict(masks=np.full((3, 8, 6), 255)), ValueError,
      "a pixel that counts in each usable image, none in 'a', 'b', 'c'")])
 def test_what_is_ignored_is_checked(changes, error, words):
-    with pytest.raises(error, match=words): data.Samples(**marked_fields(**changes))
+    with pytest.raises(error, match=words):
+        Samples(**marked_fields(**changes))
 
 
 def test_a_defect_that_is_ignored_altogether_is_none():
     masks = marked_fields()["masks"]
     masks[0][masks[0] == 1] = 255
     with pytest.raises(ValueError, match="a defect in each usable image of a defect class, none in 'a'"):
-        data.Samples(**marked_fields(masks=masks))
+        Samples(**marked_fields(masks=masks))
     table = marked_fields()["table"].assign(usable=[False, True, True])
-    assert data.dataset_table(data.Samples(**marked_fields(masks=masks, table=table))).loc["Ast", "empty"] == 1
+    assert dataset_table(Samples(**marked_fields(masks=masks, table=table))).loc["Ast", "empty"] == 1

@@ -14,17 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from dli import figures, training
-from dli.data import load_dataset, split_samples
-from dli.figures import (NoRows, admissible_text, best_competitor, budget_line, chosen_images, comparison_text,
-                         difference, draw_artifact, fold_counts,
-                         matching, notebook_runs, numbers_text, one_budget, places_text, printed_of, printed_values,
-                         read_regions, readable,
-                         save_artifact, study_runs, summary, table1, table1_methods, table2)
-from dli.losses import one_hot
-from dli.metrics import compare, count_batch, counts_table, influence, scores
-from dli.study import AGAIN, AUTHORS, LADDER, STUDIES, load_runs, read_counts, study_configs
-from dli.training import METHODS, RECIPE, RunConfig, as_npz, resolve, run, run_key, run_name
+from dli import study
+from dli.data.masks import one_hot
+from dli.data.splits import split_samples
+from dli.scoring.metrics import compare, count_batch, counts_table, influence, scores
+from dli.experiment.datasets import load_dataset
+from dli.experiment.config import METHODS, RECIPE, RunConfig, resolve, run_key, run_name
+from dli.experiment.store import as_npz, load_runs, read_counts
+from dli.experiment.training import run
+from dli.study.studies import AGAIN, AUTHORS, LADDER, STUDIES, study_configs
+from dli.study.rows import (NoRows, budget_line, difference, fold_counts, matching, numbers_text, one_budget,
+                            places_text, summary)
+from dli.study.tables import (admissibility_table, admissible_text, printed_of, printed_values, readable, table1,
+                              table1_methods, table2)
+from dli.study.figures import (best_competitor, chosen_images, fig3_iou_per_class, read_regions, table1_differences,
+                               table5_weak_supervision)
+from dli.study.comparisons import again_pairs, comparisons_table, noise_table, power_table, variances_of
+from dli.study.questions import (REPLICATED, attribution_table, ladder_table, leakage_table, policy_figure,
+                                 policy_table, replication_table, shortcut_table)
+from dli.study.artifacts import (best_text, comparison_text, draw_artifact, latex_text, lead_text, leak_text,
+                                 markdown_text, notebook_runs, plain_lines, save_artifact, study_runs, verdict_text,
+                                 weak_text)
+from conftest import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = load_dataset("synthetic", size=64)
@@ -37,7 +48,8 @@ def invent(store: Path, missed=0.2, **choices) -> None:
     "Leave what a run leaves; its predictions are the truth, missing in some images."
     config = resolve(RunConfig(**dict(preset="smoke", dataset="synthetic") | choices))
     folder = store / run_name(config)
-    if (folder / "row.json").exists(): return
+    if (folder / "row.json").exists():
+        return
     _, val = split_samples(SAMPLES, config.split, config.fold, config.partition,
                            clean_validation=config.clean_validation)
     regions = one_hot(torch.from_numpy(val.masks), 5).numpy().astype(bool)
@@ -84,8 +96,10 @@ def whole(tmp_path_factory):
     "Attribution and A/A pairs over two partitions, wce over one, table1's dli-all in three folds."
     store = tmp_path_factory.mktemp("whole")
     invent_studies(store, folds=range(5), studies=("attribution", "noise"), partitions=(0, 1))
-    for fold in range(5): invent(store, method="wce", fold=fold, missed=0.3)
-    for fold in range(3): invent(store, method="dli-all", fold=fold)
+    for fold in range(5):
+        invent(store, method="wce", fold=fold, missed=0.3)
+    for fold in range(3):
+        invent(store, method="dli-all", fold=fold)
     return load_runs(store)
 
 
@@ -111,21 +125,24 @@ WHOLE = ["table1", "comparisons_table", "comparisons_figure", "noise_table", "in
 @pytest.mark.parametrize("rows,name", [("one", n) for n in DRAWN + WITH_PHOTOGRAPHS] + [("four", n) for n in SEVERAL]
                          + [("whole", n) for n in WHOLE])
 def test_everything_is_drawn_whatever_is_there_and_says_from_what(rows, name, request):
-    artifact = getattr(figures, name)(request.getfixturevalue(rows), *([SAMPLES] if name in WITH_PHOTOGRAPHS else []))
+    artifact = getattr(study, name)(request.getfixturevalue(rows), *([SAMPLES] if name in WITH_PHOTOGRAPHS else []))
     text = " ".join(caption_of(artifact).split())
     for said in ("SYNTHETIC", "reduced budget (smoke: 64 px, 6 steps of 8 images) (1 epoch)", "rate 0.002", "Dice per ",
                  "masks > ", "clean images", "cpu, ",
-                 f"recipe {RECIPE}", "The budget is admissible by the protocol"): assert said in text
+                 f"recipe {RECIPE}", "The budget is admissible by the protocol"):
+        assert said in text
     assert dict(one="fold 0 of partition 0;", four="folds 0, 1 of partition 0;",
                 whole="folds 0-4 of partition")[rows] in text
-    if isinstance(artifact, Figure): artifact.draw_without_rendering()
-    else: assert len(artifact) and not readable(artifact).isin(["nan", "None", "<NA>"]).any(axis=None)
+    if isinstance(artifact, Figure):
+        artifact.draw_without_rendering()
+    else:
+        assert len(artifact) and not readable(artifact).isin(["nan", "None", "<NA>"]).any(axis=None)
 
 
 @pytest.mark.parametrize("name", ["dataset_numbers", "fig2_histogram", "fig1_pipeline", "fig8_blends"])
 def test_the_data_is_drawn(name):
     train, _ = split_samples(SAMPLES)
-    artifact = getattr(figures, name)(SAMPLES if name in ("dataset_numbers", "fig2_histogram") else train)
+    artifact = getattr(study, name)(SAMPLES if name in ("dataset_numbers", "fig2_histogram") else train)
     assert "SYNTHETIC" in caption_of(artifact)
 
 
@@ -136,7 +153,8 @@ def test_printed_values_are_the_papers():
                                                    "l-MobileoneS1": "mobileone_s1", "Avg": "average"}[r["column"]])
              for _, r in printed.iterrows()]
     assert len(cells) == 20 and all(cells)
-    with pytest.raises(ValueError, match="prints numbers for table1, table2"): printed_values("table9")
+    with pytest.raises(ValueError, match="prints numbers for table1, table2"):
+        printed_values("table9")
 
 
 def test_table1_quotes_the_metrics(four):
@@ -185,14 +203,15 @@ def test_splits_are_compared_only_on_the_same_images(one, tmp_path):
     runs = load_runs(tmp_path)
     result = difference(*(matching(runs, method="dli", split=s) for s in ("image", "tile")))
     assert result.difference > 0 and result.tiles == SAMPLES.table[~SAMPLES.clean]["tile"].nunique()
-    assert figures.leakage_table(runs)["leak_low"].notna().tolist()[0]
+    assert leakage_table(runs)["leak_low"].notna().tolist()[0]
     invent(tmp_path, method="dli", split="image", partition=1, fold=2)
-    again = figures.leakage_table(load_runs(tmp_path))
-    assert again.equals(figures.leakage_table(runs)), "the same folds of both splits"
+    again = leakage_table(load_runs(tmp_path))
+    assert again.equals(leakage_table(runs)), "the same folds of both splits"
 
 
 def test_variants_are_not_taken_for_the_method(one):
-    for choices in (dict(), dict(fraction=0.25), dict(split="image")): assert len(matching(one, method="dli", **choices)) == 1
+    for choices in (dict(), dict(fraction=0.25), dict(split="image")):
+        assert len(matching(one, method="dli", **choices)) == 1
     rungs = [matching(one, **changes) for _, changes in LADDER]
     assert all(len(rows) == 1 for rows in rungs)
     assert len(one[one["method"] == "dli"]) > 5
@@ -200,10 +219,11 @@ def test_variants_are_not_taken_for_the_method(one):
 
 def test_a_new_method_appears_in_table_and_figure(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "novel", replace(METHODS["dli"]))
-    for method in ("baseline", "wce", "dli", "novel"): invent(tmp_path, method=method)
+    for method in ("baseline", "wce", "dli", "novel"):
+        invent(tmp_path, method=method)
     runs = load_runs(tmp_path)
     assert table1_methods(runs) == ["baseline", "wce", "dli", "novel"] and "novel" in table1(runs)["method"].tolist()
-    assert "novel" in [t.get_text() for t in figures.fig3_iou_per_class(runs).axes[0].get_yticklabels()]
+    assert "novel" in [t.get_text() for t in fig3_iou_per_class(runs).axes[0].get_yticklabels()]
 
 
 @pytest.mark.parametrize("name,value", [("recipe", RECIPE - 1), ("steps", 7), ("source", "magnetic-tiles"),
@@ -212,8 +232,9 @@ def test_a_new_method_appears_in_table_and_figure(tmp_path, monkeypatch):
 def test_rows_of_two_kinds_are_refused(one, name, value):
     mixed = one.copy()
     mixed.loc[matching(one, method="dli").index, name] = value
-    for draw in (table1, figures.fig3_iou_per_class, figures.policy_figure, figures.ladder_table):
-        with pytest.raises(ValueError, match=name): draw(mixed)
+    for draw in (table1, fig3_iou_per_class, policy_figure, ladder_table):
+        with pytest.raises(ValueError, match=name):
+            draw(mixed)
 
 
 def test_devices_are_counted_where_they_are_mixed(one):
@@ -224,18 +245,22 @@ def test_devices_are_counted_where_they_are_mixed(one):
 
 
 def test_without_rows_nothing_is_drawn(one, tmp_path, capsys):
-    with pytest.raises(NoRows, match="expected rows, got none"): one_budget(one[:0])
-    with pytest.raises(NoRows, match="split 'image'"): figures.leakage_table(one[one["split"] == "tile"])
-    with pytest.raises(NoRows, match="beside baseline"): best_competitor(one[one["method"].isin(["baseline", "dli"])])
+    with pytest.raises(NoRows, match="expected rows, got none"):
+        one_budget(one[:0])
+    with pytest.raises(NoRows, match="split 'image'"):
+        leakage_table(one[one["split"] == "tile"])
+    with pytest.raises(NoRows, match="beside baseline"):
+        best_competitor(one[one["method"].isin(["baseline", "dli"])])
     (tmp_path / "table1.md").write_text("of before")
     for name in DRAWN + WITH_PHOTOGRAPHS + ["power_table", "power_figure"]:
-        assert draw_artifact(name, tmp_path, getattr(figures, name), one[:0]) is None
+        assert draw_artifact(name, tmp_path, getattr(study, name), one[:0]) is None
     assert "table1 is not drawn: " in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["table1.md"]
 
 
 def test_a_fold_that_occurs_twice_is_refused(one):
     dli = matching(one, method="dli")
-    with pytest.raises(ValueError, match="expected one row per fold"): fold_counts(pd.concat([dli, dli]))
+    with pytest.raises(ValueError, match="expected one row per fold"):
+        fold_counts(pd.concat([dli, dli]))
 
 
 def test_scores_are_pooled_per_partition_and_averaged(whole):
@@ -248,7 +273,7 @@ def test_scores_are_pooled_per_partition_and_averaged(whole):
 
 
 def test_comparisons_use_the_folds_of_both_over_partitions(whole):
-    table = figures.comparisons_table(whole).set_index("difference_of")
+    table = comparisons_table(whole).set_index("difference_of")
     assert table["folds"].tolist() == [10, 10, 10, 5] and table["partitions"].tolist() == [2, 2, 2, 1]
     x, y = ([read_counts(r) for _, r in matching(whole, method=m).iterrows()] for m in ("dli", "share"))
     result = compare(x, y, SAMPLES.classes, partitions=[0] * 5 + [1] * 5)
@@ -267,7 +292,7 @@ def test_pairs_trained_again_enter_no_other_table(whole):
     assert len(matching(whole, method="dli")) == 10 == len(matching(whole, again=True, method="dli"))
     first, again = matching(whole, method="dli"), matching(whole, again=True, method="dli")
     assert (again["seed"].to_numpy() == AGAIN + first["seed"].to_numpy()).all()
-    table = figures.noise_table(whole).set_index("difference_of")
+    table = noise_table(whole).set_index("difference_of")
     assert table.loc["dli - dli again", "difference"] == difference(first, again).difference
 
 
@@ -284,27 +309,28 @@ def test_there_is_no_interval_from_fewer_than_five_folds(whole):
 
 
 def test_power_is_from_pairs_and_partitions(whole):
-    own = figures.variances_of(whole)
-    squares = [d**2 for pair in figures.again_pairs(whole).values() for d in difference(*pair).partitions]
+    own = variances_of(whole)
+    squares = [d**2 for pair in again_pairs(whole).values() for d in difference(*pair).partitions]
     between = [np.var(difference(matching(whole, method="dli"), matching(whole, method=m)).partitions, ddof=1)
                for m in ("share", "inject-random", "baseline")]
     assert own.degrees == 7 and own.training == pytest.approx((sum(squares) + sum(between)) / 7)
-    table = figures.power_table(whole).set_index("partitions")
+    table = power_table(whole).set_index("partitions")
     these = table["half_width_these_tiles"]
     assert these[4] == pytest.approx(these[1] / 2) == pytest.approx(0.98 * np.sqrt(own.training))
     assert (table["half_width_new_tiles"] >= table["half_width_these_tiles"]).all()
     assert table["power"].is_monotonic_increasing
     without = whole[(whole["seed"] < AGAIN) & (whole["partition"] == 0)]
-    with pytest.raises(NoRows, match="takes A/A pairs"): figures.power_table(without)
+    with pytest.raises(NoRows, match="takes A/A pairs"):
+        power_table(without)
 
 
 def test_the_replication_stands_beside_the_printed_values(tmp_path):
     for fold in (0, 1):
-        for method in figures.REPLICATED:
+        for method in REPLICATED:
             invent(tmp_path, method=method, fold=fold, missed=0.05 if method == "dli-authors" else 0.3, **AUTHORS)
     invent(tmp_path, method="baseline", fold=0)
     runs = load_runs(tmp_path)
-    table = figures.replication_table(runs).set_index("method")
+    table = replication_table(runs).set_index("method")
     assert table["printed_avg"].to_dict() == {"baseline": 0.754, "focal-authors": 0.689, "balanced-authors": 0.745,
                                               "wce": 0.755, "dli-authors": 0.800}
     assert table["printed_lead"]["baseline"] == pytest.approx(0.046)
@@ -323,8 +349,8 @@ def test_every_method_shows_its_own_fit(one):
     assert (table["lowest_train_iou"]["wce"], table["lowest_in"]["wce"]) == (0.31, "Crack, fold 0 of partition 0")
     assert table["lowest_train_iou"]["dli"] == 0.6
     assert "admissible by" in admissible_text(uneven) and table1(uneven).attrs["heading"] == "", "the baseline judges"
-    for draw in (table2, figures.policy_table, figures.shortcut_table, figures.ladder_table,
-                 figures.table5_weak_supervision, figures.replication_table):
+    for draw in (table2, policy_table, shortcut_table, ladder_table,
+                 table5_weak_supervision, replication_table):
         assert "lowest_train_iou" in draw(one)
 
 
@@ -340,18 +366,18 @@ def test_a_budget_is_admissible_by_its_worst_class_in_its_worst_fold(one, four):
     assert "is admissible by the protocol, judged by 1 of its five folds" in admissible_text(one)
     uneven = four.assign(train_iou_Crack=[0.28 if f else 0.73 for f in four["fold"]])
     assert "NOT ADMISSIBLE" in (text := admissible_text(uneven)) and "0.28 (Crack, fold 1 of partition 0, " in text
-    for draw in (table1, figures.leakage_table, figures.policy_table, figures.shortcut_table):
+    for draw in (table1, leakage_table, policy_table, shortcut_table):
         table = draw(uneven)
         assert text in table.attrs["caption"] and table.attrs["heading"] == "Not admissible"
-    assert figures.markdown_text(readable(table1(uneven))).startswith("| encoder")
-    assert text in caption_of(figures.fig3_iou_per_class(uneven)).replace("\n", " ")
+    assert markdown_text(readable(table1(uneven))).startswith("| encoder")
+    assert text in caption_of(fig3_iou_per_class(uneven)).replace("\n", " ")
 
 
 def test_only_partition_0_judges(whole):
     assert "judged" not in admissible_text(whole)
     elsewhere = whole.assign(train_iou_Break=np.where(whole["partition"] == 1, 0.1, 0.6))
     assert "admissible by" in admissible_text(elsewhere) and admissible_text(whole[whole["method"] != "baseline"]) == ""
-    table = figures.admissibility_table(whole.assign(train_iou_Break=np.where(whole["fold"] == 3, 0.4, 0.6)))
+    table = admissibility_table(whole.assign(train_iou_Break=np.where(whole["fold"] == 3, 0.4, 0.6)))
     assert table["fold"].tolist() == [0, 1, 2, 3, 4]
     assert table["admissible"].tolist() == ["yes", "yes", "yes", "no", "yes"] and table["lowest"][3] == 0.4
 
@@ -365,19 +391,19 @@ def test_the_heading_is_written_over_the_table(one, tmp_path):
 def test_intervals_say_what_they_resample(whole):
     defective = SAMPLES.table[~SAMPLES.clean]
     rarest = defective.groupby("class")["tile"].nunique().min()
-    for draw in (table1, figures.comparisons_table, figures.attribution_table, figures.table1_differences):
+    for draw in (table1, comparisons_table, attribution_table, table1_differences):
         text = " ".join(caption_of(draw(whole)).split())
         assert f"Intervals resample {defective['tile'].nunique()} tiles" in text
         assert f"only {rarest}, in all partitions together" in text
 
 
 def test_networks_scored_on_different_truths_are_not_compared(one):
-    steps = readable(figures.ladder_table(one)).set_index("change")["step"]
+    steps = readable(ladder_table(one)).set_index("change")["step"]
     assert steps["authors"] == steps["masks above 127"] == "-" and steps["Dice per image"].startswith(("+", "-0"))
 
 
 def test_a_seam_is_what_rises_over_the_runs_own_alarms(one):
-    table = figures.shortcut_table(one)
+    table = shortcut_table(one)
     assert np.allclose(table["seam_rise_cutpaste"], 0.5 - table["clean_alarm"])
     assert table["seam_rise_cutpaste"].notna().all()
 
@@ -385,7 +411,7 @@ def test_a_seam_is_what_rises_over_the_runs_own_alarms(one):
 def test_captions_are_escaped_for_latex():
     table = pd.DataFrame(dict(x=["a"]))
     table.attrs["caption"] = "masks > 0 & a_b < 5 % of $1 #2"
-    assert r"masks \textgreater{} 0 \& a\_b \textless{} 5 \% of \$1 \#2" in figures.latex_text(table)
+    assert r"masks \textgreater{} 0 \& a\_b \textless{} 5 \% of \$1 \#2" in latex_text(table)
 
 
 ANY_TEXT = st.text(st.one_of(st.characters(), st.sampled_from("|`<>*_~[](){}#&$^!\\\\ \n\t-+=:.w/1")), max_size=14)
@@ -396,7 +422,8 @@ def read_markdown(text):
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
     tokens, cells, paragraphs = parser.parse(text), [], []
     for before, token in zip(tokens, tokens[1:]):
-        if token.type != "inline": continue
+        if token.type != "inline":
+            continue
         allowed = {"text", "softbreak", "html_inline", "strong_open", "strong_close"}
         assert {part.type for part in token.children} <= allowed
         assert all(part.content == "<br>" for part in token.children if part.type == "html_inline")
@@ -410,11 +437,12 @@ def read_markdown(text):
 def test_any_text_is_read_back_from_markdown(rows, heading):
     table = pd.DataFrame(rows, columns=["a_b", "x|*y*"])
     table.attrs = dict(heading=heading, caption="# masks > 0, *_mean* <b> [a](b) of `iou_macro`")
-    cells, paragraphs = read_markdown(figures.markdown_text(table))
-    shown = figures.plain_lines
+    cells, paragraphs = read_markdown(markdown_text(table))
+    shown = plain_lines
     assert cells == ["a_b", "x|*y*", *(shown(text) for row in rows for text in row)]
     assert paragraphs[-1] == table.attrs["caption"]
-    if heading.strip(): assert paragraphs[0].strip() == shown(heading).strip()
+    if heading.strip():
+        assert paragraphs[0].strip() == shown(heading).strip()
 
 
 @pytest.mark.parametrize("name, latex, html", [
@@ -426,7 +454,7 @@ def test_any_text_is_read_back_from_markdown(rows, heading):
 def test_any_text_is_right_in_latex_and_html(name, latex, html, tmp_path):
     table = pd.DataFrame({"class": [name], name: ["1"]})
     table.attrs = dict(heading=name, caption=name)
-    text, shown = figures.latex_text(table), figures.save_artifact("own", table, tmp_path).to_html()
+    text, shown = latex_text(table), save_artifact("own", table, tmp_path).to_html()
     assert f"class & {latex} \\\\\n" in text and f"\n{latex} & 1 \\\\\n" in text and "\n\n" not in text
     assert shown.count(html) == 4 and "<b>" not in shown
 
@@ -448,7 +476,8 @@ def test_regions_are_those_of_the_image(one, tmp_path):
     name = chosen_images(matching(one, method="dli")).iloc[4]["name"]
     regions, counts = read_regions(row, name), read_counts(row).set_index("name").loc[name]
     assert regions.sum((1, 2)).tolist() == [counts[f"tp_{c}"] + counts[f"fp_{c}"] for c in SAMPLES.classes]
-    with pytest.raises(ValueError, match="no image 'other'"): read_regions(row, "other")
+    with pytest.raises(ValueError, match="no image 'other'"):
+        read_regions(row, "other")
     with pytest.raises(FileNotFoundError, match="predicted regions"):
         read_regions(pd.Series(dict(row) | dict(folder=tmp_path)), name)
 
@@ -482,7 +511,7 @@ def test_places_are_named_by_partition():
 def test_a_table_keeps_its_numbers_and_is_written_the_same_again(one, tmp_path):
     for folder in ("a", "b"):
         save_artifact("table2", table2(one), tmp_path / folder)
-        save_artifact("policy", figures.policy_figure(one), tmp_path / folder)
+        save_artifact("policy", policy_figure(one), tmp_path / folder)
     for path in sorted((tmp_path / "a").iterdir()):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     assert np.allclose(pd.read_csv(tmp_path / "a/table2.csv")["iou_macro"], table2(one)["iou_macro"], rtol=0,
@@ -501,7 +530,8 @@ def test_missing_rows_are_listed(tmp_path, capsys):
     command = ("dli-study table2 --preset smoke --encoders efficientnet_lite0 --folds 0 --partitions 0 "
                "--dataset synthetic --out ")
     assert f"Train them: {command}" in said
-    for method in ("dli-cutpaste", "dli-poisson"): invent(tmp_path, method=method)
+    for method in ("dli-cutpaste", "dli-poisson"):
+        invent(tmp_path, method=method)
     invent(tmp_path, method="dli", fold=1, partition=1)
     runs = study_runs(["table2"], "smoke", LITE, [0], **wanted)
     assert capsys.readouterr().out == "" and sorted(runs["method"]) == ["dli", "dli-cutpaste", "dli-poisson"]
@@ -514,11 +544,12 @@ def test_missing_rows_are_listed(tmp_path, capsys):
 
 def test_rows_are_verified_once_a_notebook(one, monkeypatch):
     store = str(Path(one["folder"][0]).parent)
-    read, folders = figures.load_runs.__globals__["read_run"], []
-    monkeypatch.setitem(figures.load_runs.__globals__, "read_run",
+    read, folders = load_runs.__globals__["read_run"], []
+    monkeypatch.setitem(load_runs.__globals__, "read_run",
                         lambda folder: folders.append(folder) or read(folder))
     runs = study_runs(list(STUDIES), "smoke", LITE, [0], dataset="synthetic", store=store)
-    for name in ("table1", "fig3_iou_per_class", "policy_table", "ladder_figure"): getattr(figures, name)(runs)
+    for name in ("table1", "fig3_iou_per_class", "policy_table", "ladder_figure"):
+        getattr(study, name)(runs)
     assert len(folders) == len(set(folders)) >= len(runs)
 
 
@@ -528,7 +559,8 @@ def test_notebook_parameters_are_checked():
     with pytest.raises(ValueError, match="unknown parameter seed: the parameters are preset"):
         notebook_runs(good | dict(seed=1), "table1")
     for name in ("encoders", "folds", "partitions"):
-        with pytest.raises(ValueError, match=f"{name}=0: expected a list"): notebook_runs(good | {name: 0}, "table1")
+        with pytest.raises(ValueError, match=f"{name}=0: expected a list"):
+            notebook_runs(good | {name: 0}, "table1")
 
 
 def test_answers_are_sentences_of_the_rows(whole, one):
@@ -537,15 +569,15 @@ def test_answers_are_sentences_of_the_rows(whole, one):
                 f"10 folds of 2 partitions: ")
     assert comparison_text(whole, "dli", "share").startswith(expected)
     assert comparison_text(whole[:0], "dli", "share").endswith("no rows to compare yet.")
-    assert figures.verdict_text(replace(result, low=0.01, high=0.02), "dli", "share").endswith("is better")
-    assert figures.verdict_text(replace(result, low=-0.01, high=0.02), "dli", "share") == "not settled"
-    assert "methods on the five folds of partition 0" in figures.best_text(whole)
-    assert figures.best_text(one).startswith("There are no two")
-    assert "baseline has iou_macro" in figures.leak_text(one) and "there are no rows" in figures.leak_text(whole)
-    assert "where the paper prints 0.800 and 0.754, a lead of +0.046" in figures.lead_text(one)
-    assert figures.lead_text(whole[:0]).startswith("There are no rows")
-    assert "With 10% of the data" in figures.weak_text(one, 0.1)
-    assert figures.weak_text(whole, 0.1).startswith("Nothing was trained")
+    assert verdict_text(replace(result, low=0.01, high=0.02), "dli", "share").endswith("is better")
+    assert verdict_text(replace(result, low=-0.01, high=0.02), "dli", "share") == "not settled"
+    assert "methods on the five folds of partition 0" in best_text(whole)
+    assert best_text(one).startswith("There are no two")
+    assert "baseline has iou_macro" in leak_text(one) and "there are no rows" in leak_text(whole)
+    assert "where the paper prints 0.800 and 0.754, a lead of +0.046" in lead_text(one)
+    assert lead_text(whole[:0]).startswith("There are no rows")
+    assert "With 10% of the data" in weak_text(one, 0.1)
+    assert weak_text(whole, 0.1).startswith("Nothing was trained")
 
 
 NOTEBOOKS = dict(
@@ -563,7 +595,7 @@ BOTH = {"table1", "comparisons", "fig3_iou_per_class", "policy", "ladder", "fig5
 
 def run_without_pictures(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "save_pictures", lambda *_: None)
+        patch(patch, "save_pictures", lambda *_: None)
         run(config, progress=False)
 
 
@@ -573,7 +605,8 @@ def store(tmp_path_factory):
     pairs of a whole partition."""
     folder = tmp_path_factory.mktemp("store")
     for c in study_configs(["leakage"], "smoke", LITE, [0]):
-        if c.split == "tile": run_without_pictures(replace(c, dataset="synthetic", out=str(folder)))
+        if c.split == "tile":
+            run_without_pictures(replace(c, dataset="synthetic", out=str(folder)))
     invent_studies(folder)
     invent_studies(folder, folds=range(5), studies=("noise",))
     shutil.rmtree(next(folder.glob("dli-*-image-*")))

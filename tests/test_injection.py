@@ -19,13 +19,18 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from dli import injection
-from dli.blending import grow_mask, poisson_blend, poisson_blend_image
-from dli.data import Samples
-from dli.injection import (MT_TRANSFORMS, DonorPool, DonorTransform, DynamicLabelInjection, InjectionPlan,
-                           choose_labels, class_presence, default_margin, find_clean, show_batch)
-from dli.losses import make_loss, one_hot
-from dli.metrics import count_batch
+from dli.data.samples import Samples
+from dli.data.masks import MASK_DTYPES, one_hot
+from dli.method.blending import grow_mask, poisson_blend, poisson_blend_image
+from dli.method.donors import Donor, DonorPool, DonorTransform, default_margin
+from dli.method.plan import InjectionPlan, choose_labels, class_presence, find_clean, look_at
+from dli.method.placing import crop_places, place_donors, place_turned, target_windows
+from dli.method.injection import (COUNTING, PATIENCE, DynamicLabelInjection, InjectionStats, apply_plan,
+                                  goes_through_cpu, show_batch)
+from dli.network.losses import make_loss
+from dli.scoring.metrics import count_batch
+from dli.experiment.datasets import MT_TRANSFORMS
+from conftest import patch
 
 CLASSES = ("Blowhole", "Break", "Crack")
 STILL = dict.fromkeys(CLASSES, DonorTransform(flip=0, p=0))
@@ -69,7 +74,8 @@ def full_pool(classes, size=(16, 12)):
     return DonorPool(make_samples(masks, classes=tuple(classes)))
 
 
-def seeded(seed): return torch.Generator().manual_seed(seed)
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 # -- the pool ---------------------------------------------------------------------------------------------------------
@@ -118,17 +124,20 @@ def test_transforms_by_class():
 
 @pytest.mark.parametrize("wrong", [dict(flip=1.1), dict(p=-0.1), dict(rotate=181), dict(shift=2), dict(scale=1), dict(scale=float("nan"))])
 def test_wrong_ranges(wrong):
-    with pytest.raises(ValueError, match=f"expected 0 <= {next(iter(wrong))} <= "): DonorTransform(**wrong)
+    with pytest.raises(ValueError, match=f"expected 0 <= {next(iter(wrong))} <= "):
+        DonorTransform(**wrong)
 
 
 def test_margin():
     assert [default_margin((s, s)) for s in (32, 128, 256, 512, 1024)] == [1, 1, 2, 4, 8]
     assert DonorPool(random_samples(0)).margin == 1 and DonorPool(random_samples(0), margin=0).margin == 0
-    with pytest.raises(ValueError, match="margin: expected a whole number of pixels, 0 or more, got -1"): DonorPool(random_samples(0), margin=-1)
+    with pytest.raises(ValueError, match="margin: expected a whole number of pixels, 0 or more, got -1"):
+        DonorPool(random_samples(0), margin=-1)
 
 
 def test_no_donors_at_all():
-    with pytest.raises(ValueError, match="expected samples with defects, got 3 images from 'by hand'"): DonorPool(make_samples(np.zeros((3, 8, 8))))
+    with pytest.raises(ValueError, match="expected samples with defects, got 3 images from 'by hand'"):
+        DonorPool(make_samples(np.zeros((3, 8, 8))))
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -145,7 +154,8 @@ def test_uniform_raises_classes_to_the_largest(counts, clean, seed, data):
     wanted = np.where(donors > 0, counts.max() - counts, 0).sum()
     assert len(labels) == min(clean, wanted)
     assert (after[donors == 0] == counts[donors == 0]).all() and after.max() == counts.max()
-    if clean >= wanted: assert (after[donors > 0] == counts.max()).all()
+    if clean >= wanted:
+        assert (after[donors > 0] == counts.max()).all()
     running = counts.copy()
     for k in labels:  # rarest first
         assert running[k - 1] == running[donors > 0].min()
@@ -198,8 +208,10 @@ def test_class_counts_of_a_batch_after_injection(seed, fill, absent, mask_dtype)
     wanted = clean if fill == "all" else min(clean, (before.max() - before)[has].sum())
     assert (after >= before).all() and (after - before).sum() == wanted and (after == before)[~has].all()
     assert len(find_clean(labels)) == clean - wanted and inject.stats.injected == dict(zip(CLASSES, after - before))
-    if (raised := after > before).any(): assert after[raised].max() <= after[has].min() + 1, "rarest first"
-    if fill == "uniform": assert after.max() == before.max() and (wanted == clean or (after[has] == before.max()).all())
+    if (raised := after > before).any():
+        assert after[raised].max() <= after[has].min() + 1, "rarest first"
+    if fill == "uniform":
+        assert after.max() == before.max() and (wanted == clean or (after[has] == before.max()).all())
 
 
 def test_several_classes_in_one_image_count_for_each():
@@ -243,7 +255,8 @@ def test_ranges_are_used_and_kept():
     moved = plan.angle != 0
     assert abs(moved.mean() - 0.5) < 0.03 and (plan.scale[~moved] == 1).all()
     assert 19 < plan.angle.max() <= 20 and -20 <= plan.angle.min() < -19 and 1.28 < plan.scale.max() <= 1.3 and 0.7 <= plan.scale.min() < 0.72
-    for flips in (plan.hflip, plan.vflip, plan.poisson): assert abs(flips.mean() - 0.25) < 0.03
+    for flips in (plan.hflip, plan.vflip, plan.poisson):
+        assert abs(flips.mean() - 0.25) < 0.03
 
 
 def test_draws_are_independent():
@@ -289,7 +302,8 @@ def test_damaged_plans():
     text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
     assert len(InjectionPlan.from_json(text)) == 0
     for wrong in (text.replace('"angle"', '"angel"'), text.replace('"y": []', '"y": [1]')):
-        with pytest.raises(ValueError, match="InjectionPlan: expected target, donor"): InjectionPlan.from_json(wrong)
+        with pytest.raises(ValueError, match="InjectionPlan: expected target, donor"):
+            InjectionPlan.from_json(wrong)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -302,7 +316,8 @@ def test_damaged_plans():
     (None, "expected the text that `to_json` wrote, got None"),
 ])
 def test_text_that_is_no_plan(text, message):
-    with pytest.raises(ValueError, match=message): InjectionPlan.from_json(text)
+    with pytest.raises(ValueError, match=message):
+        InjectionPlan.from_json(text)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -335,7 +350,8 @@ def test_values_that_a_column_would_alter(name, value):
 def test_impossible_plans(column, value, message):
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
     getattr(plan, column)[2] = value
-    with pytest.raises(ValueError, match="plan: " + message): inject.transform(images, masks, plan)
+    with pytest.raises(ValueError, match="plan: " + message):
+        inject.transform(images, masks, plan)
 
 
 @pytest.mark.parametrize("column", [[0] * 6, np.zeros(5, int), np.zeros((6, 1), int), np.zeros(6), np.full(6, "a"), 0])
@@ -364,9 +380,12 @@ def test_a_plan_is_refused_or_applied(seed, column, data):
     inject, images, masks, plan = all_injected(DonorPool(random_samples(seed), WILD), 2)
     numbers = st.floats() | st.floats(0, 4) if column in ("angle", "scale") else st.integers(-2**40, 2**40) | st.integers(-1, 20)
     getattr(plan, column)[1] = data.draw(numbers)
-    try: after, labels = inject.transform(images, masks, plan)
-    except ValueError as error: assert str(error).startswith("plan: expected") and (column in str(error) or "image" in str(error) or column == "donor")
-    else: assert after.isfinite().all() and (0 <= after).all() and (after <= 1).all() and set(labels[plan.target[1]].unique().tolist()) <= {0, plan.label[1]}
+    try:
+        after, labels = inject.transform(images, masks, plan)
+    except ValueError as error:
+        assert str(error).startswith("plan: expected") and (column in str(error) or "image" in str(error) or column == "donor")
+    else:
+        assert after.isfinite().all() and (0 <= after).all() and (after <= 1).all() and set(labels[plan.target[1]].unique().tolist()) <= {0, plan.label[1]}
 
 
 def test_plan_for_another_batch():
@@ -387,7 +406,8 @@ def test_plan_with_an_image_twice():
     inject = DynamicLabelInjection(DonorPool(random_samples(0)), fill="all")
     plan = inject.make_params(masks, seeded(0))
     plan.target[:2] = 5
-    with pytest.raises(ValueError, match="plan: expected each image once, got image 5 more often"): inject.transform(images, masks, plan)
+    with pytest.raises(ValueError, match="plan: expected each image once, got image 5 more often"):
+        inject.transform(images, masks, plan)
 
 
 # -- where it lands ---------------------------------------------------------------------------------------------------
@@ -444,11 +464,13 @@ def test_what_touches_a_border_still_does(seed, size):
         mask, placed = inject.pool.donors[plan.donor[i]].box, labels[t].numpy() > 0
         for axis, flip in ((0, plan.vflip[i]), (1, plan.hflip[i])):
             start, length, n = mask[axis], mask[axis + 2], samples.masks.shape[axis + 1]
-            if length == n: continue
+            if length == n:
+                continue
             touch = [start == 0, start + length == n][:: -1 if flip else 1]
             line = placed.any(axis=1 - axis)
             assert line[0] >= touch[0] and line[-1] >= touch[1]
-            if size[axis] >= n: assert line.sum() == length
+            if size[axis] >= n:
+                assert line.sum() == length
 
 
 def test_a_donor_pulled_from_the_border_is_continued_by_its_mirror_image():
@@ -472,7 +494,8 @@ def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margi
     plan.y[:], plan.x[:] = y, x
     seen, whole = (inject.transform(m[:, None], m, replace(plan, y=plan.y + room, x=plan.x + room)) for m, room in ((target, 0), (canvas, 50)))
     assert torch.equal(seen[1], whole[1][:, 50:66, 50:62])
-    if not plan.poisson[0]: assert torch.equal(seen[0], whole[0][:, :, 50:66, 50:62])
+    if not plan.poisson[0]:
+        assert torch.equal(seen[0], whole[0][:, :, 50:66, 50:62])
 
 
 @properties
@@ -483,7 +506,7 @@ def test_the_label_is_the_placed_mask_whatever_the_blend(seed, transforms, size,
     labels = [DynamicLabelInjection(pool, mix_gradients=mix, region=region).transform(images, masks, replace(plan, poisson=np.full(4, poisson)))[1]
               for poisson in (True, False) for region in ("exact", "image")]
     assert all(torch.equal(labels[0], other) for other in labels[1:])
-    for p in injection.place_donors(pool, plan, images):
+    for p in place_donors(pool, plan, images):
         assert p.mask.sum() == (labels[0][p.target] > 0).sum() and torch.equal(labels[0][p.target][p.window] > 0, p.mask)
 
 
@@ -525,11 +548,11 @@ def test_turned_donors_are_interpolated_exactly(seed, colour, size):
     "OpenCV before version 5 fails here: it rounds places to 1/32 of a pixel."
     pool = DonorPool(random_samples(seed, size=(48, 40), colour=colour), WILD)
     plan = DynamicLabelInjection(pool, fill="all").make_params(torch.zeros(6, *size, dtype=torch.uint8), seeded(seed))
-    windows = injection.target_windows(pool, plan, size)
-    for d, start, step, (rows, cols) in zip(plan.donor, *injection.crop_places(pool, plan, windows), windows):
+    windows = target_windows(pool, plan, size)
+    for d, start, step, (rows, cols) in zip(plan.donor, *crop_places(pool, plan, windows), windows):
         donor, shape = pool.donors[d], np.array([rows[1] - rows[0], cols[1] - cols[0]])
         places = start[:, None, None] + np.tensordot(step, np.mgrid[:shape[0], :shape[1]], 1)
-        patch, mask = injection.place_turned(donor, start, step, shape)
+        patch, mask = place_turned(donor, start, step, shape)
         share = between_pixels(donor.mask.astype(float), *places)
         assert patch.dtype == np.float32 and patch.shape == (len(donor.image), *shape) and mask.shape == tuple(shape)
         expected = np.stack([between_pixels(plane.astype(float), *places) for plane in donor.image])
@@ -539,8 +562,8 @@ def test_turned_donors_are_interpolated_exactly(seed, colour, size):
 
 def test_crops_may_be_longer_than_32767_pixels():
     image = (np.arange(40000) // 200).astype(np.uint8).reshape(1, 1, 40000).repeat(3, 1)
-    donor = injection.Donor("long", 1, image, image[0] > 190, (0, 0), (1, 39000), (0, 38200, 3, 1800))
-    patch, mask = injection.place_turned(donor, np.array([1, 39800.0]), -np.eye(2), np.array([2, 36000]))
+    donor = Donor("long", 1, image, image[0] > 190, (0, 0), (1, 39000), (0, 38200, 3, 1800))
+    patch, mask = place_turned(donor, np.array([1, 39800.0]), -np.eye(2), np.array([2, 36000]))
     assert (patch[0, 0] == image[0, 1, 39800:3800:-1]).all() and (mask[1] == donor.mask[0, 39800:3800:-1]).all()
 
 
@@ -589,7 +612,8 @@ def test_only_clean_images_change_and_only_near_the_label(seed, mix, channels, d
     near = grow_mask(labels > 0, 2)[:, None].expand_as(images)
     assert torch.equal(after[~near], images[~near])
     assert dtype == torch.uint8 or (0 <= after.min() and after.max() <= 1)
-    for i, t in enumerate(plan.target): assert set(labels[t].unique().tolist()) <= {0, plan.label[i]}
+    for i, t in enumerate(plan.target):
+        assert set(labels[t].unique().tolist()) <= {0, plan.label[i]}
 
 
 @properties
@@ -605,7 +629,8 @@ def test_grey_donors_serve_colour_images(seed):
 @given(st.integers(0, 10**6), st.sampled_from((FLIPS, WILD)))
 def test_colour_donors_are_three_grey_ones(seed, transforms):
     samples, (images, masks) = random_samples(seed, colour=True), random_batch(seed, channels=3)
-    def inject(samples, images): return DynamicLabelInjection(DonorPool(samples, transforms), fill="all")(images, masks, seeded(seed))
+    def inject(samples, images):
+        return DynamicLabelInjection(DonorPool(samples, transforms), fill="all")(images, masks, seeded(seed))
     after, labels = inject(samples, images)
     for c in range(3):
         channel, same = inject(make_samples(samples.masks, samples.images[..., c]), images[:, c:c + 1])
@@ -618,7 +643,8 @@ def test_colour_donors():
     after, labels = inject(torch.zeros(1, 3, 16, 12, dtype=torch.uint8), torch.zeros(1, 16, 12, dtype=torch.uint8))
     inside = labels[0] > 0
     assert torch.equal(after[0][:, inside], torch.from_numpy(samples.images[0]).permute(2, 0, 1)[:, inside])
-    with pytest.raises(ValueError, match="expected 3 channels like the donors, got 1"): inject(*random_batch(0))
+    with pytest.raises(ValueError, match="expected 3 channels like the donors, got 1"):
+        inject(*random_batch(0))
 
 
 # -- nothing goes wrong in the middle of an epoch ---------------------------------------------------------------------
@@ -688,7 +714,8 @@ def test_doing_nothing_warns_once(masks, reason):
     images = torch.zeros(len(masks), 1, 16, 12, dtype=torch.uint8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2 * injection.PATIENCE + 1): inject(images, masks)
+        for _ in range(2 * PATIENCE + 1):
+            inject(images, masks)
     assert len(caught) == 1 and reason in str(caught[0].message) and "Crack" in str(caught[0].message) and caught[0].filename == __file__
 
 
@@ -696,7 +723,8 @@ def test_doing_something_does_not_warn():
     inject = DynamicLabelInjection(DonorPool(random_samples(0)), p_poisson=0, fill="all")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for seed in range(injection.PATIENCE + 1): inject(*random_batch(seed))
+        for seed in range(PATIENCE + 1):
+            inject(*random_batch(seed))
     assert sum(inject.stats.injected.values()) > 0
 
 
@@ -733,7 +761,8 @@ def test_doing_something_does_not_warn():
 ])
 def test_wrong_batches(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
-    with pytest.raises(ValueError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+    with pytest.raises(ValueError, match=message):
+        DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
 
 
 @pytest.mark.parametrize("call, message", [
@@ -748,7 +777,8 @@ def test_wrong_batches(change, message):
     (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
 ])
 def test_wrong_types_of_a_pool(call, message):
-    with pytest.raises((TypeError, ValueError), match=message): call(random_samples(0))
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(random_samples(0))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -761,7 +791,8 @@ def test_wrong_types_of_a_pool(call, message):
 ])
 def test_wrong_types_of_a_batch(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
-    with pytest.raises(TypeError, match=message): DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
+    with pytest.raises(TypeError, match=message):
+        DynamicLabelInjection(DonorPool(random_samples(0)))(**good | change)
 
 
 # -- what masks hold --------------------------------------------------------------------------------------------------
@@ -771,7 +802,8 @@ ONE_CLASS = ("Defect",)
 
 def remedy_of(inject, masks):
     "What the error says to pass, as code."
-    with pytest.raises(ValueError, match="^masks: expected ") as refused: inject.make_params(masks)
+    with pytest.raises(ValueError, match="^masks: expected ") as refused:
+        inject.make_params(masks)
     return re.search(r"pass (.+?)(?:, or |, if | if |; or|$)", str(refused.value))[1]
 
 
@@ -828,7 +860,8 @@ def test_no_advice_erases_defects():
     inject = DynamicLabelInjection(full_pool(CLASSES))
     for masks in (index_masks(0, 3) / 255, index_masks(0, 3)[:, None] / 255, (index_masks(0, 3) / 255).half(),
                   index_masks(0, 3) / 3):
-        with pytest.raises(ValueError) as refused: inject(torch.zeros(6, 1, 16, 12), masks)
+        with pytest.raises(ValueError) as refused:
+            inject(torch.zeros(6, 1, 16, 12), masks)
         assert ".long()" not in str(refused.value)
 
 
@@ -850,7 +883,8 @@ def test_values_that_are_no_class(change, message):
     plan, state = inject.make_params(index_masks(0, 3)), torch.get_rng_state()
     for call in (lambda: inject(torch.zeros(6, 1, 16, 12), masks), lambda: inject.make_params(masks),
                  lambda: inject.transform(torch.zeros(6, 1, 16, 12), masks, plan)):
-        with pytest.raises(ValueError, match=f"^masks: .*(?:{message})"): call()
+        with pytest.raises(ValueError, match=f"^masks: .*(?:{message})"):
+            call()
     assert inject.stats.batches == 0 and torch.equal(torch.get_rng_state(), state), "nothing was drawn, nothing counted"
 
 
@@ -862,27 +896,27 @@ def test_classes_that_overlap():
 
 
 @properties
-@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from(injection.MASK_DTYPES),
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from(MASK_DTYPES),
        st.sampled_from((None, 99, -1)))
 def test_a_look_at_masks(seed, classes, dtype, ignore):
     masks = index_masks(seed, classes).to(dtype)
     if ignore == 99 or (ignore and dtype.is_signed):
         masks[torch.rand(masks.shape, generator=seeded(seed)) < 0.3] = ignore
         masks[-1] = ignore
-    shown = injection.look_at(masks, classes, ignore)
+    shown = look_at(masks, classes, ignore)
     by_hand = [[bool((m == k).any()) for k in range(1, classes + 1)] for m in masks]
     clean = [i for i, m in enumerate(masks) if ((m == 0) | (m == (ignore or 0))).all() and (m == 0).any()]
     assert shown.classes.tolist() == by_hand == class_presence(masks, classes).tolist()
     assert shown.clean.tolist() == clean == find_clean(masks, ignore).tolist()
     for other in (masks.mT.contiguous().mT, masks.repeat(1, 1, 2)[..., ::2].contiguous(), masks[:0]):
         if len(other) and other.stride() != masks.stride():
-            assert injection.look_at(other, classes, ignore).clean.tolist() == clean
-    assert injection.look_at(masks[:0], classes, ignore).classes.shape == (0, classes)
+            assert look_at(other, classes, ignore).clean.tolist() == clean
+    assert look_at(masks[:0], classes, ignore).classes.shape == (0, classes)
 
 
 def test_more_classes_than_a_byte_counts():
     masks = torch.tensor([0, 255, 256, 300]).reshape(4, 1, 1)
-    shown = injection.look_at(masks, 300)
+    shown = look_at(masks, 300)
     assert np.argwhere(shown.classes).tolist() == [[1, 254], [2, 255], [3, 299]] and shown.clean.tolist() == [0]
 
 
@@ -959,7 +993,7 @@ def test_one_class_and_patience():
     images, masks = torch.zeros(4, 1, 16, 12).byte(), index_masks(0, 1)[2:].byte()
     inject = []
     said(lambda: inject.append(DynamicLabelInjection(full_pool(ONE_CLASS))))
-    words = said(lambda: [inject[0](images, masks) for _ in range(injection.PATIENCE)])
+    words = said(lambda: [inject[0](images, masks) for _ in range(PATIENCE)])
     assert len(words) == 1
     assert "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'" in words[0]
 
@@ -993,14 +1027,17 @@ def test_switches_are_switches(wrong):
 @pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(p_poisson=float("nan")), dict(p_poisson="0.5"),
                                    dict(fill="half"), dict(choose="first"), dict(region="box")])
 def test_wrong_choices(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"): DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
 
 
 # -- loaders, pictures, devices ---------------------------------------------------------------------------------------
 
 class Collate:
-    def __init__(self, inject, generator=None): self.inject, self.generator = inject, generator
-    def __call__(self, batch): return self.inject(*torch.utils.data.default_collate(batch), generator=self.generator)
+    def __init__(self, inject, generator=None):
+        self.inject, self.generator = inject, generator
+    def __call__(self, batch):
+        return self.inject(*torch.utils.data.default_collate(batch), generator=self.generator)
 
 
 def batches_of_workers(generator, start="fork"):
@@ -1041,7 +1078,8 @@ def test_global_generator():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))],
@@ -1053,7 +1091,8 @@ def test_copies(copied):
     again = copied(inject)
     assert repr(again.stats) == repr(inject.stats) and again.ignore_index == 200
     assert same(again(images, masks, seeded(0)), inject(images, masks, seeded(0)))
-    if copied is not copy.copy: assert again.pool is not inject.pool and again.stats is not inject.stats
+    if copied is not copy.copy:
+        assert again.pool is not inject.pool and again.stats is not inject.stats
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -1073,11 +1112,13 @@ def test_compiled_is_the_same(p_poisson, region):
     assert plan.hflip.any() and plan.vflip.any()
     torch._dynamo.reset()
     compiled = torch.compile(lambda i, m: [x + 0 for x in inject.transform(i, m, plan)], backend="eager")
-    for _ in range(3): assert same(compiled(images, masks), expected)
+    for _ in range(3):
+        assert same(compiled(images, masks), expected)
     planned = torch.compile(lambda m, g: inject.make_params(m + 0, g), backend="eager")
     assert planned(masks, seeded(0)) == plan
     whole = torch.compile(lambda i, m, g: [x + 0 for x in inject(i + 0, m + 0, g)], backend="eager")
-    for _ in range(2): assert same(whole(images, masks, seeded(0)), expected)
+    for _ in range(2):
+        assert same(whole(images, masks, seeded(0)), expected)
 
 
 def test_made_in_a_compiled_step():
@@ -1156,15 +1197,18 @@ print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in results)).hexdigest()
 
 def test_four_threads_share_one_injection():
     inject, images, masks, expected = batch_and_result()
-    inject.stats, wrong = injection.InjectionStats(dict.fromkeys(CLASSES, 0)), []
+    inject.stats, wrong = InjectionStats(dict.fromkeys(CLASSES, 0)), []
 
     def work():
         for _ in range(25):
-            if not same(inject(images, masks, seeded(0)), expected): wrong.append(1)
+            if not same(inject(images, masks, seeded(0)), expected):
+                wrong.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert not wrong and (inject.stats.batches, inject.stats.images) == (100, 1200)
     assert sum(inject.stats.injected.values()) == 100 * len(find_clean(masks))
 
@@ -1173,7 +1217,7 @@ def test_counting_never_waits_for_a_thread_that_was_not_forked():
     held = threading.Event()
 
     def hold():
-        with injection.COUNTING:
+        with COUNTING:
             held.set()
             released.wait(20)
 
@@ -1188,9 +1232,11 @@ def test_counting_never_waits_for_a_thread_that_was_not_forked():
         os._exit(0)
     for _ in range(200):
         done, status = os.waitpid(child, os.WNOHANG)
-        if done: break
+        if done:
+            break
         time.sleep(0.05)
-    else: os.kill(child, 9)
+    else:
+        os.kill(child, 9)
     released.set()
     thread.join()
     assert done == child and status == 0
@@ -1203,9 +1249,9 @@ def test_which_way_a_plan_takes():
     plan = inject.make_params(masks, seeded(0))
     pasted = replace(plan, poisson=np.zeros(len(plan), bool))
     for device in ("cuda", "cuda:1", "mps", "xpu"):
-        assert injection.goes_through_cpu(torch.device(device), plan)
-        assert not injection.goes_through_cpu(torch.device(device), pasted)
-    assert not injection.goes_through_cpu(torch.device("cpu"), plan)
+        assert goes_through_cpu(torch.device(device), plan)
+        assert not goes_through_cpu(torch.device(device), pasted)
+    assert not goes_through_cpu(torch.device("cpu"), plan)
 
 
 @properties
@@ -1214,11 +1260,12 @@ def test_which_way_a_plan_takes():
 def test_the_way_through_the_cpu_gives_the_same(seed, dtype, region, marked):
     "Every plan sent that way, here without another device."
     images, masks = random_batch(seed, dtype=dtype, channels=3, mask_dtype=torch.int64)
-    if marked: masks[:, 3:5] = 255
+    if marked:
+        masks[:, 3:5] = 255
     inject = DynamicLabelInjection(DonorPool(random_samples(seed)), region=region, ignore_index=255, fill="all")
     expected, kept = inject(images, masks, seeded(seed)), (images.clone(), masks.clone())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(injection, "goes_through_cpu", lambda device, plan: True)
+        patch(patch, "goes_through_cpu", lambda device, plan: True)
         assert same(inject(images, masks, seeded(seed)), expected) and same((images, masks), kept)
         assert not inject(images.float().div(300).requires_grad_(), masks)[0].requires_grad
 
@@ -1228,7 +1275,8 @@ class OnGpu(torch.Tensor):
     copies = []
 
     @property
-    def device(self): return torch.device("cuda")
+    def device(self):
+        return torch.device("cuda")
 
     def cpu(self):
         OnGpu.copies.append(len(self))
@@ -1241,7 +1289,7 @@ def test_only_targets_travel(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: to(x) if a
                         and a[0] == torch.device("cuda") else to(x, *a, **k))
     plan, OnGpu.copies = inject.make_params(masks, seeded(0)), []
-    got = injection.apply_plan(inject, images.as_subclass(OnGpu), masks.as_subclass(OnGpu), plan)
+    got = apply_plan(inject, images.as_subclass(OnGpu), masks.as_subclass(OnGpu), plan)
     assert OnGpu.copies == [len(plan), len(plan)] and len(plan) < len(images)
     assert same([x.as_subclass(torch.Tensor) for x in got], expected)
 
@@ -1316,4 +1364,5 @@ def test_what_is_marked_beside_a_donor_does_not_reach_the_target(whole):
             target = torch.full((2, 1, 16, 12), 100, dtype=torch.uint8)
             clean = torch.zeros(2, 16, 12, dtype=torch.uint8)
             results += DynamicLabelInjection(pool, p_poisson=p, fill="all")(target, clean, seeded(0))
-    for a, b in zip(results[:4], results[4:]): assert torch.equal(a, b) and (a != a[0, 0, 0]).any()
+    for a, b in zip(results[:4], results[4:]):
+        assert torch.equal(a, b) and (a != a[0, 0, 0]).any()

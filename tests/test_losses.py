@@ -15,10 +15,11 @@ from sklearn.metrics import jaccard_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dli import losses
-from dli.data import MT_CLASSES, find_magnetic_tiles
-from dli.losses import (LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, effective_weights,
-                        image_weights, lovasz_slopes, make_loss, one_hot, pixel_weights)
+from dli.data.masks import one_hot, values_can_be_read
+from dli.data.magnetic import MT_CLASSES, find_magnetic_tiles
+from dli.network.weights import effective_weights, image_weights, pixel_weights
+from dli.network.losses import LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, lovasz_slopes, make_loss
+from conftest import patch
 
 IMAGES, PIXELS = [92, 68, 46, 26, 82], [700, 10540, 820, 15990, 71950]
 seeds = st.integers(0, 2**31 - 1)
@@ -29,7 +30,8 @@ def batch(seed, b=2, k=5, h=6, w=7, scale=3.0, dtype=torch.float64):
     return torch.randn(b, k, h, w, generator=g, dtype=dtype) * scale, torch.randint(0, k + 1, (b, h, w), generator=g)
 
 
-def loss_of(name, **kwargs): return make_loss(name, IMAGES, PIXELS, **kwargs)
+def loss_of(name, **kwargs):
+    return make_loss(name, IMAGES, PIXELS, **kwargs)
 
 
 # Targets
@@ -48,7 +50,8 @@ def test_one_hot_and_back(seed, classes, dtype):
                                           (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"), (torch.full((1, 2, 2), -1), r"got -1..-1"),
                                           (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool")])
 def test_one_hot_refuses(masks, words):
-    with pytest.raises(ValueError, match=words): one_hot(masks, 5)
+    with pytest.raises(ValueError, match=words):
+        one_hot(masks, 5)
 
 
 # Against formulas written another way, in NumPy
@@ -198,7 +201,8 @@ def test_half_precision_logits_are_computed_in_float32(name):
     logits, masks = batch(2)
     low = logits.bfloat16()
     torch.testing.assert_close(loss_of(name)(low, masks), loss_of(name)(low.float(), masks), rtol=0, atol=0)
-    with torch.autocast("cpu", torch.bfloat16): inside = loss_of(name)(low, masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss_of(name)(low, masks)
     torch.testing.assert_close(inside, loss_of(name)(low.float(), masks))
 
 
@@ -255,7 +259,8 @@ def test_an_absent_class_has_no_part_in_balanced():
 @pytest.mark.parametrize("bad", [[0, 0], [], [3, -1], [[1, 2], [3, 4]], [float("nan"), 1.0]])
 @pytest.mark.parametrize("weights, name", [(pixel_weights, "pixels_per_class"), (image_weights, "images_per_class")])
 def test_counts_that_make_no_sense(bad, weights, name):
-    with pytest.raises(ValueError, match=f"{name}: expected one count per class"): weights(bad)
+    with pytest.raises(ValueError, match=f"{name}: expected one count per class"):
+        weights(bad)
 
 
 def test_the_authors_weights():
@@ -342,7 +347,8 @@ def test_counts_that_can_be_taken_two_ways(counted, classes, words):
     for call in (lambda: image_weights(counted, classes=classes), lambda: pixel_weights(counted, classes),
                  lambda: make_loss("balanced", counted, classes=classes),
                  lambda: make_loss("balanced-authors", None, counted, classes=classes)):
-        with pytest.raises(ValueError, match=words): call()
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 def test_a_counter_lacks_what_was_never_counted():
@@ -355,12 +361,14 @@ def test_value_counts_of_a_table():
     labels = pd.Series(np.repeat(NAMES, IMAGES)).sample(frac=1, random_state=0)
     assert image_weights(labels.value_counts(), classes=NAMES) == image_weights(IMAGES)
     assert image_weights(labels.map({n: k for k, n in enumerate(NAMES, 1)}).value_counts()) == image_weights(IMAGES)
-    with pytest.raises(ValueError, match="whose order is not known"): image_weights(labels.value_counts())
+    with pytest.raises(ValueError, match="whose order is not known"):
+        image_weights(labels.value_counts())
 
 
 @pytest.mark.parametrize("beta", [0, 1, -0.5, 1.5, float("nan")])
 def test_beta_between_0_and_1(beta):
-    with pytest.raises(ValueError, match="beta: expected a number between 0 and 1"): image_weights(IMAGES, beta)
+    with pytest.raises(ValueError, match="beta: expected a number between 0 and 1"):
+        image_weights(IMAGES, beta)
 
 
 def test_shares_are_no_images():
@@ -400,7 +408,8 @@ def test_ignored_pixels_might_not_be_there(name, dice, seed, ignore, what):
     if what == "an image" and dice == "image" and isinstance(loss_of(name).overlap, Dice):  # its ratio costs 0
         torch.testing.assert_close(result[1], expected[1] * 2 / 3)
         result, expected = result[:1], expected[:1]
-    else: torch.testing.assert_close(gradient[(slice(None), *np.atleast_1d(rest))], by_rest)
+    else:
+        torch.testing.assert_close(gradient[(slice(None), *np.atleast_1d(rest))], by_rest)
     torch.testing.assert_close(result, expected)
 
 
@@ -417,7 +426,8 @@ def test_whatever_is_at_ignored_pixels(name, dtype, value):
         value_ = loss_of(name, ignore_index=255)(z, masks)
         value_.backward()
         results.append((value_.detach(), z.grad))
-    for a, b in zip(*results): assert torch.equal(a, b)
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
     assert not results[1][1][:, :, 2:4].any()
 
 
@@ -449,10 +459,12 @@ def test_a_byte_of_255_is_not_minus_one():
     (dict(ignore_index=0), ValueError, "outside 0..5, got 0"),
     (dict(ignore_index=True), TypeError, "got True"), (dict(ignore_index=1.5), TypeError, "got 1.5")])
 def test_ignore_index_is_no_class(args, error, words):
-    with pytest.raises(error, match=f"ignore_index: .*{words}"): make_loss("baseline", classes=5, **args)
+    with pytest.raises(error, match=f"ignore_index: .*{words}"):
+        make_loss("baseline", classes=5, **args)
     logits, masks = batch(0)
     if args == dict(ignore_index=3):
-        with pytest.raises(ValueError, match=words): make_loss("baseline", **args)(logits, masks)
+        with pytest.raises(ValueError, match=words):
+            make_loss("baseline", **args)(logits, masks)
 
 
 # What goes in
@@ -503,7 +515,8 @@ def test_a_channel_for_each_class():
 def test_empty_batches(name):
     logits, masks = batch(0)
     for z, m in ((logits[:0], masks[:0]), (logits[:, :, :0], masks[:, :0])):
-        with pytest.raises(ValueError, match="expected at least one image, got logits"): loss_of(name)(z, m)
+        with pytest.raises(ValueError, match="expected at least one image, got logits"):
+            loss_of(name)(z, m)
 
 
 @pytest.mark.parametrize("masks, words", [
@@ -518,7 +531,8 @@ def test_empty_batches(name):
 def test_masks_that_say_what_to_pass(masks, words):
     logits, good = batch(0)
     for loss in (loss_of("baseline"), loss_of("focal", classes=5)):
-        with pytest.raises(ValueError, match=words): loss(logits, masks(good))
+        with pytest.raises(ValueError, match=words):
+            loss(logits, masks(good))
 
 
 # The environment
@@ -530,9 +544,12 @@ def test_surroundings_change_nothing(name, ignore):
     expected = loss_of(name, ignore_index=ignore)(logits, masks)
     try:
         torch.set_default_dtype(torch.float64)
-        with torch.device("meta"): results = [loss_of(name, ignore_index=ignore)(logits, masks)]
-    finally: torch.set_default_dtype(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16): results.append(loss_of(name, ignore_index=ignore)(logits, masks))
+        with torch.device("meta"):
+            results = [loss_of(name, ignore_index=ignore)(logits, masks)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        results.append(loss_of(name, ignore_index=ignore)(logits, masks))
     results += [copied(loss_of(name, ignore_index=ignore))(logits, masks)
                 for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))]
     assert all(torch.equal(r, expected) for r in results)
@@ -541,7 +558,8 @@ def test_surroundings_change_nothing(name, ignore):
 def test_weights_without_float64():
     "Apple's GPU has no float64: `to` raises TypeError there."
     def move(tensor):
-        if tensor.dtype == torch.float64: raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         return tensor.clone()
 
     loss, (logits, masks) = loss_of("wce"), batch(0, dtype=torch.float32)
@@ -578,32 +596,37 @@ class Devices(TorchDispatchMode):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_moved_loss_copies_nothing_from_the_cpu(name, monkeypatch):
     "On the meta device, which stands for any other than the CPU; values are not looked at, as inside a capture."
-    monkeypatch.setattr(losses, "values_can_be_read", lambda tensor: False)
+    patch(monkeypatch, "values_can_be_read", lambda tensor: False)
     loss, logits = loss_of(name).to("meta"), torch.randn(2, 5, 6, 7, device="meta", requires_grad=True)
     masks = torch.zeros(2, 6, 7, dtype=torch.uint8, device="meta")
-    with Devices() as devices: loss(logits, masks).backward()
+    with Devices() as devices:
+        loss(logits, masks).backward()
     assert devices.seen == {"meta"} and logits.grad.shape == logits.shape
     assert all(x.dtype == torch.float64 for x in loss.buffers())
 
 
 @pytest.mark.parametrize("name", NEEDED_COUNTS)
 def test_a_loss_that_was_not_moved_copies_its_weights(name, monkeypatch):
-    monkeypatch.setattr(losses, "values_can_be_read", lambda tensor: False)
+    patch(monkeypatch, "values_can_be_read", lambda tensor: False)
     with Devices() as devices:
         loss_of(name)(torch.randn(2, 5, 6, 7, device="meta"), torch.zeros(2, 6, 7, dtype=torch.uint8, device="meta"))
     assert devices.seen == {"meta", "cpu"}
 
 
 def test_values_are_not_looked_at_during_a_capture(monkeypatch):
-    class OnDevice(torch.Tensor): is_cuda = True
+    class OnDevice(torch.Tensor):
+        is_cuda = True
 
     masks = torch.full((1, 2, 2), 7).as_subclass(OnDevice)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not one_hot(masks, 5).any() and not losses.values_can_be_read(masks)
-    with pytest.raises(ValueError, match="expected integers"): one_hot(masks.float(), 5)
-    with pytest.raises(ValueError, match="got 7..7"): one_hot(torch.full((1, 2, 2), 7), 5)
+    assert not one_hot(masks, 5).any() and not values_can_be_read(masks)
+    with pytest.raises(ValueError, match="expected integers"):
+        one_hot(masks.float(), 5)
+    with pytest.raises(ValueError, match="got 7..7"):
+        one_hot(torch.full((1, 2, 2), 7), 5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.raises(ValueError, match="masks: expected values 0..5"): one_hot(masks, 5)
+    with pytest.raises(ValueError, match="masks: expected values 0..5"):
+        one_hot(masks, 5)
 
 
 @pytest.mark.slow
@@ -636,10 +659,12 @@ def test_captured_in_a_cuda_graph(name):
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3): step()
+        for _ in range(3):
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     x.grad = None
-    with torch.cuda.graph(graph): value = step()
+    with torch.cuda.graph(graph):
+        value = step()
     shown.copy_(masks)
     graph.replay()
     captured = value.item(), x.grad.clone()
@@ -657,18 +682,23 @@ def test_captured_in_a_cuda_graph(name):
     (dict(name="lovasz", dice="pixel"), "'image' or 'batch', got 'pixel'"),
 ])
 def test_wrong_arguments(args, words):
-    with pytest.raises(ValueError, match=words): make_loss(**args)
+    with pytest.raises(ValueError, match=words):
+        make_loss(**args)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_shapes_that_differ(name):
     logits, masks = batch(0)
     for other in (masks[:1], masks[:, :-1], masks[:, None]):
-        with pytest.raises(ValueError, match=r"of one size, got \(2, 5, 6, 7\)"): loss_of(name)(logits, other)
-    with pytest.raises(ValueError, match="of one size"): loss_of(name)(logits[0], masks)
+        with pytest.raises(ValueError, match=r"of one size, got \(2, 5, 6, 7\)"):
+            loss_of(name)(logits, other)
+    with pytest.raises(ValueError, match="of one size"):
+        loss_of(name)(logits[0], masks)
 
 
 def test_a_weight_for_each_channel():
     logits, masks = batch(0, k=4)
-    with pytest.raises(ValueError, match="expected 5 channels, one per class weight, got 4"): loss_of("wce")(logits, masks)
-    with pytest.raises(ValueError, match="expected 2 channels"): WeightedBCE([0.5, 0.5])(logits, logits)
+    with pytest.raises(ValueError, match="expected 5 channels, one per class weight, got 4"):
+        loss_of("wce")(logits, masks)
+    with pytest.raises(ValueError, match="expected 2 channels"):
+        WeightedBCE([0.5, 0.5])(logits, logits)

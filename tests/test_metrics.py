@@ -11,10 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 
-from dli import metrics
-from dli.data import FREE, csv_bytes, read_table, synthetic_tiles
-from dli.metrics import (
-    Counts, alarm_scores, alarm_threshold, compare, count_batch, counts_table, iou_scores, pooled_iou, scores, tile_counts)
+from dli.files import csv_bytes, read_table
+from dli.data.samples import FREE
+from dli.data.synthetic import synthetic_tiles
+from dli.scoring.metrics import (Comparison, Counts, alarm_scores, alarm_threshold, compare, count_batch, counts_table,
+                                 influence, iou_scores, pooled_iou, resample_tiles, scores, summarize, tile_counts,
+                                 weighted_iou_macro)
 
 CLASSES = ["A", "B", "C"]
 seeds = st.integers(0, 2**31 - 1)
@@ -38,10 +40,12 @@ def example(seed, n=6, size=8, k=3):
     return logits, masks, table
 
 
-def counted(logits, masks, table): return counts_table(table, count_batch(logits, masks), CLASSES)
+def counted(logits, masks, table):
+    return counts_table(table, count_batch(logits, masks), CLASSES)
 
 
-def perfect(masks, k=3): return torch.stack([(masks == c) * 20.0 - 10 for c in range(1, k + 1)], 1)
+def perfect(masks, k=3):
+    return torch.stack([(masks == c) * 20.0 - 10 for c in range(1, k + 1)], 1)
 
 
 # Counts
@@ -149,10 +153,12 @@ def test_an_image_of_several_classes_counts_under_each():
 def test_unknown_tiles_and_repeated_names_are_no_pairs(spoil, message):
     table = counted(*example(0))
     for pair in ((spoil(table), table), (table, spoil(table)), (spoil(table), spoil(table))):
-        with pytest.raises(ValueError, match=message): compare([pair[0]], [pair[1]], CLASSES, times=10)
+        with pytest.raises(ValueError, match=message):
+            compare([pair[0]], [pair[1]], CLASSES, times=10)
     if "tile" in message:
         defective = spoil(table).assign(**{"class": CLASSES[0]})
-        with pytest.raises(ValueError, match="expected the tile of each image"): tile_counts(defective, CLASSES)
+        with pytest.raises(ValueError, match="expected the tile of each image"):
+            tile_counts(defective, CLASSES)
 
 
 def test_the_table_of_samples():
@@ -181,7 +187,8 @@ def test_agreement_with_sklearn(seed):
     assert [result[f"iou_{c}"] for c in CLASSES] == pytest.approx(jaccard_score(y.T, z.T, average=None).tolist())
     for c in CLASSES:
         some = torch.tensor((table["class"] == c).to_numpy())
-        if not some.any(): continue
+        if not some.any():
+            continue
         assert result[f"iou_of_images_{c}"] == pytest.approx(jaccard_score(flat(true[some]).T, flat(said[some]).T,
                                                                            average="micro"))
 
@@ -207,7 +214,8 @@ def test_order_of_images_does_not_matter(seed):
 
 def all_kinds():
     masks = torch.zeros(8, 8, 8, dtype=torch.int64)
-    for i, c in enumerate((1, 1, 2, 2, 3, 3)): masks[i, i:i + 2, :4] = c
+    for i, c in enumerate((1, 1, 2, 2, 3, 3)):
+        masks[i, i:i + 2, :4] = c
     return masks, pd.DataFrame({"name": list("abcdefgh"), "class": [*"AABBCC", FREE, FREE], "tile": range(8)})
 
 
@@ -314,10 +322,13 @@ def test_the_threshold_finds_enough_and_is_the_largest(values, found):
 def test_shapes_that_differ():
     logits, masks, table = example(0)
     for a, b in ((logits, masks[1:]), (logits[0], masks), (logits, masks[:, 1:])):
-        with pytest.raises(ValueError, match="of one size"): count_batch(a, b)
+        with pytest.raises(ValueError, match="of one size"):
+            count_batch(a, b)
     counts = count_batch(logits, masks)
-    with pytest.raises(ValueError, match=r"= \(5, 3\), got \(6, 3\)"): counts_table(table[1:], counts, CLASSES)
-    with pytest.raises(ValueError, match=r"= \(6, 2\), got \(6, 3\)"): counts_table(table, counts, CLASSES[1:])
+    with pytest.raises(ValueError, match=r"= \(5, 3\), got \(6, 3\)"):
+        counts_table(table[1:], counts, CLASSES)
+    with pytest.raises(ValueError, match=r"= \(6, 2\), got \(6, 3\)"):
+        counts_table(table, counts, CLASSES[1:])
 
 
 def test_nan_and_infinity():
@@ -325,7 +336,8 @@ def test_nan_and_infinity():
     logits[2, 1, 3, 3] = torch.inf
     assert count_batch(logits, masks).p_max[2, 1] == 1
     logits[2, 1, 3, 3] = torch.nan
-    with pytest.raises(ValueError, match="NaN. Has the training diverged"): count_batch(logits, masks)
+    with pytest.raises(ValueError, match="NaN. Has the training diverged"):
+        count_batch(logits, masks)
 
 
 def test_a_column_that_is_missing_is_named():
@@ -359,39 +371,40 @@ def fold_tables(draw, folds=3, methods=2):
 @settings(max_examples=25, deadline=None)
 def test_compare_is_the_difference_of_scores_and_antisymmetric(tables):
     a, b = tables
-    forth, back = (metrics.compare(*pair, CLASSES3, times=200) for pair in ((a, b), (b, a)))
-    pooled = [metrics.scores(pd.concat(t), CLASSES3)["iou_macro"] for t in (a, b)]
+    forth, back = (compare(*pair, CLASSES3, times=200) for pair in ((a, b), (b, a)))
+    pooled = [scores(pd.concat(t), CLASSES3)["iou_macro"] for t in (a, b)]
     assert forth.difference == pytest.approx(pooled[0] - pooled[1])
     assert [forth.difference, forth.low, forth.high] == pytest.approx([-back.difference, -back.high, -back.low])
     assert len(forth.folds) == 3 and forth.low <= forth.high
-    assert forth == metrics.compare(a, b, CLASSES3, times=200) and metrics.compare(a, a, CLASSES3, times=50).high == 0
+    assert forth == compare(a, b, CLASSES3, times=200) and compare(a, a, CLASSES3, times=50).high == 0
 
 
 @given(fold_tables(methods=1))
 @settings(max_examples=25, deadline=None)
 def test_tile_counts_add_up_and_weights_of_one_score_the_whole(tables):
     table = pd.concat(tables[0])
-    counts = metrics.tile_counts(table, CLASSES3)
+    counts = tile_counts(table, CLASSES3)
     defective = table[table["class"] != FREE]
     assert set(counts.index) == set(defective["tile"])
     assert (counts.drop(columns="class").sum() == defective[counts.columns[1:]].sum()).all()
-    whole = metrics.weighted_iou_macro(counts, CLASSES3, np.ones((1, len(counts)), int))[0]
-    assert whole == pytest.approx(metrics.iou_scores(table, CLASSES3)["iou_macro"])
+    whole = weighted_iou_macro(counts, CLASSES3, np.ones((1, len(counts)), int))[0]
+    assert whole == pytest.approx(iou_scores(table, CLASSES3)["iou_macro"])
 
 
 @given(st.lists(st.sampled_from("ABC"), min_size=1, max_size=40), st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_resamples_keep_the_number_of_tiles_of_each_class(kinds, seed):
     kinds = np.array(kinds)
-    weights = metrics.resample_tiles(kinds, 20, np.random.default_rng(seed))
+    weights = resample_tiles(kinds, 20, np.random.default_rng(seed))
     assert weights.shape == (20, len(kinds)) and weights.min() >= 0
-    for k in set(kinds): assert (weights[:, kinds == k].sum(1) == (kinds == k).sum()).all()
+    for k in set(kinds):
+        assert (weights[:, kinds == k].sum(1) == (kinds == k).sum()).all()
 
 
 def test_a_tile_of_several_classes_is_of_its_most_frequent():
     table = pd.DataFrame({"class": ["A", "B", "B", "C", "A"], "tile": [1, 1, 1, 2, 2],
                           **{f"{k}_{c}": 1 for k in ("tp", "fp", "fn") for c in CLASSES3}})
-    assert metrics.tile_counts(table, CLASSES3)["class"].to_dict() == {1: "B", 2: "A"}
+    assert tile_counts(table, CLASSES3)["class"].to_dict() == {1: "B", 2: "A"}
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -408,7 +421,8 @@ def test_compare_refuses_other_images(spoil, message):
                                    **{f"{k}_{c}": rng.integers(1, 50, 12) for k in ("tp", "fp", "fn")
                                       for c in CLASSES3}, **{f"p_{c}": 0.5 for c in CLASSES3}})
     a = [base(f) for f in range(3)]
-    with pytest.raises(ValueError, match=message): metrics.compare(a, spoil([t.copy() for t in a]), CLASSES3, times=10)
+    with pytest.raises(ValueError, match=message):
+        compare(a, spoil([t.copy() for t in a]), CLASSES3, times=10)
 
 
 def test_interval_holds_the_truth_about_as_often_as_it_says():
@@ -423,9 +437,9 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
                              "fp_A": 0, "p_A": 1.0})
         return [[base.assign(tp_A=f, fn_A=area - f)] for f in found]
 
-    truth = metrics.compare(*study(200_000), ["A"], times=2).difference
+    truth = compare(*study(200_000), ["A"], times=2).difference
     for _ in range(120):
-        c = metrics.compare(*study(15), ["A"], times=400)
+        c = compare(*study(15), ["A"], times=400)
         held += c.low <= truth <= c.high
     assert held / 120 > 0.87
 
@@ -433,11 +447,11 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
 @given(fold_tables(methods=1))
 @settings(max_examples=15, deadline=None)
 def test_summary_is_of_the_folds(tables):
-    table = metrics.summarize(tables[0], CLASSES3)
-    each = [metrics.scores(t, CLASSES3)["iou_A"] for t in tables[0]]
+    table = summarize(tables[0], CLASSES3)
+    each = [scores(t, CLASSES3)["iou_A"] for t in tables[0]]
     assert table.loc["iou_A", "mean"] == pytest.approx(np.mean(each))
     assert table.loc["iou_A", "deviation"] == pytest.approx(np.std(each, ddof=1))
-    assert table.loc["iou_A", "pooled"] == metrics.scores(pd.concat(tables[0]), CLASSES3)["iou_A"]
+    assert table.loc["iou_A", "pooled"] == scores(pd.concat(tables[0]), CLASSES3)["iou_A"]
     assert table.loc["iou_A", "folds"] == 3
 
 
@@ -457,35 +471,35 @@ def partitioned(seed):
 
 def test_partitions_are_scored_apart_and_tiles_drawn_together():
     a, b = partitioned(0)
-    both = metrics.compare(a, b, CLASSES3, times=500, partitions=[3, 3, 7, 7])
-    alone = [metrics.compare(a[i:i + 2], b[i:i + 2], CLASSES3, times=500) for i in (0, 2)]
+    both = compare(a, b, CLASSES3, times=500, partitions=[3, 3, 7, 7])
+    alone = [compare(a[i:i + 2], b[i:i + 2], CLASSES3, times=500) for i in (0, 2)]
     assert both.partitions == pytest.approx([c.difference for c in alone])
     assert both.difference == pytest.approx(np.mean(both.partitions))
     assert both.tiles == 12 and len(both.folds) == 4
-    twice = metrics.compare(a[:2] * 2, b[:2] * 2, CLASSES3, times=500, partitions=[0, 0, 1, 1])
+    twice = compare(a[:2] * 2, b[:2] * 2, CLASSES3, times=500, partitions=[0, 0, 1, 1])
     assert (twice.low, twice.high) == pytest.approx((alone[0].low,
                                                      alone[0].high)), "the same partition again is no further evidence"
 
 
 def test_a_partition_may_lack_tiles():
     a, b = partitioned(1)
-    part = metrics.compare(a[:3], b[:3], CLASSES3, times=50, partitions=[0, 0, 1])
+    part = compare(a[:3], b[:3], CLASSES3, times=50, partitions=[0, 0, 1])
     assert part.tiles == 12 and part.partitions[1] == pytest.approx(part.folds[2])
 
 
 def test_influence_is_the_difference_without_a_tile():
     a, b = partitioned(2)
-    table = metrics.influence(a, b, CLASSES3, [0, 0, 1, 1])
-    whole = metrics.compare(a, b, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
+    table = influence(a, b, CLASSES3, [0, 0, 1, 1])
+    whole = compare(a, b, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
     assert len(table) == 12 and table["moves"].abs().is_monotonic_decreasing
     for _, row in table.iterrows():
         left = [[t[t["tile"] != row["tile"]] for t in tables] for tables in (a, b)]
-        without = metrics.compare(*left, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
+        without = compare(*left, CLASSES3, times=10, partitions=[0, 0, 1, 1]).difference
         assert row["without"] == pytest.approx(without) and row["moves"] == pytest.approx(whole - without)
 
 
 def test_a_comparison_without_an_interval_says_so():
-    assert str(metrics.Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
+    assert str(Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
 
 
 # ---- pixels that are not counted, and batches that make no sense ----------------------------------------------------
@@ -499,7 +513,8 @@ def test_ignored_pixels_are_not_counted(seed, ignore):
     counts = count_batch(logits.masked_fill(ignored[:, None], torch.nan), masks.masked_fill(ignored, ignore),
                          ignore_index=ignore)
     expected = count_batch(logits.masked_fill(ignored[:, None], -1e4), masks.masked_fill(ignored, 0))
-    for name in ("tp", "fp", "fn", "p_max"): assert torch.equal(getattr(counts, name), getattr(expected, name))
+    for name in ("tp", "fp", "fn", "p_max"):
+        assert torch.equal(getattr(counts, name), getattr(expected, name))
     assert torch.equal(counts.pixels, (~ignored).sum((1, 2))) and (expected.pixels == masks[0].numel()).all()
 
 
@@ -520,12 +535,16 @@ def test_ignore_index_is_no_class():
     logits, masks, _ = example(0)
     with pytest.raises(ValueError, match="ignore_index: expected .* outside 0..3, got 2"):
         count_batch(logits, masks, ignore_index=2)
-    with pytest.raises(ValueError, match="pass ignore_index=255"): count_batch(logits, masks.long().fill_(255))
+    with pytest.raises(ValueError, match="pass ignore_index=255"):
+        count_batch(logits, masks.long().fill_(255))
 
 
 def test_probabilities_and_empty_batches():
     logits, masks, _ = example(0)
-    with pytest.raises(ValueError, match="expected at least one image"): count_batch(logits[:0], masks[:0])
-    with pytest.raises(ValueError, match="before the sigmoid"): count_batch((logits * 9).sigmoid(), masks)
-    with pytest.raises(ValueError, match="expected floats, .* got torch.bool"): count_batch(logits > 0, masks)
+    with pytest.raises(ValueError, match="expected at least one image"):
+        count_batch(logits[:0], masks[:0])
+    with pytest.raises(ValueError, match="before the sigmoid"):
+        count_batch((logits * 9).sigmoid(), masks)
+    with pytest.raises(ValueError, match="expected floats, .* got torch.bool"):
+        count_batch(logits > 0, masks)
     assert count_batch(logits * 0, masks).tp.sum() == (masks > 0).sum(), "zeros are logits"

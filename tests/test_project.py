@@ -19,7 +19,7 @@ def command(*args, cwd, **env):
 
 
 def differing(left: Path, right: Path, pattern: str) -> list[str]:
-    names = {p.name for p in left.glob(pattern)} | {p.name for p in right.glob(pattern)}
+    names = {str(p.relative_to(side)) for side in (left, right) for p in side.rglob(pattern)}
     return sorted(n for n in names if not ((left / n).is_file() and (right / n).is_file() and filecmp.cmp(left / n, right / n, shallow=False)))
 
 

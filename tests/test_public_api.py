@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dli
-from dli.data import Samples, dataset_table, show_samples
-from dli.injection import InjectionPlan
-from dli.losses import LOSSES
-from dli.training import (RunConfig, evaluate, fit, make_row, pack_regions, plot_curve, plot_predictions, run_loss,
-                          with_patches)
+from dli.pictures import plot_curve
+from dli.data.samples import Samples, dataset_table, show_samples
+from dli.method.plan import InjectionPlan
+from dli.network.losses import LOSSES
+from dli.experiment.config import RunConfig
+from dli.experiment.evaluation import evaluate, pack_regions, plot_predictions, with_patches
+from dli.experiment.steps import run_loss
+from dli.experiment.state import fit
+from dli.experiment.training import make_row
 
 SHAPES = st.tuples(st.sampled_from((24, 40, 64)), st.sampled_from((32, 48, 72)), st.sampled_from((1, 3)))
 CLASSES = st.sampled_from((("pitting",), ("a b", "Straße"), ("0", "$\\frac$", "_under")))
@@ -49,8 +53,10 @@ def as_tensors(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_every_public_name_is_walked():
     assert set(dli.__all__) == WALKED | OF_THE_TILES and set(dli.__all__) <= set(dir(dli))
-    for name in dli.__all__: assert getattr(dli, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'dynamic'"): dli.dynamic
+    for name in dli.__all__:
+        assert getattr(dli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'dynamic'"):
+        dli.dynamic
 
 
 def test_the_transform_loads_no_network():
@@ -111,7 +117,8 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
     assert dli.scores(counts, classes)["iou_macro"] == 1
     halves = [counts[counts["tile"] % 2 == i] for i in (0, 1)]
     assert dli.summarize(halves, classes).loc["iou_macro", "pooled"] == 1 and dli.compare(halves, halves, classes).difference == 0
-    for name, mask in zip(samples.table["name"], samples.masks): Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    for name, mask in zip(samples.table["name"], samples.masks):
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
     assert dli.score(tmp_path, samples=samples)["iou_macro"] == 1
     model.eval()
     found, regions = evaluate(model, samples), np.unpackbits(pack_regions(model, samples), axis=-1)
@@ -154,13 +161,15 @@ def test_ignored_pixels_in_samples_and_injection(shape, classes, seed):
     images, masks = as_tensors(train)
     pool = dli.DonorPool(train)
     assert pool.ignore_index == 255 and pool.counts == dli.DonorPool(unmarked(train)).counts
-    for donor in pool.donors: assert donor.image.max() < 255, "what is not known was cut out with a donor"
+    for donor in pool.donors:
+        assert donor.image.max() < 255, "what is not known was cut out with a donor"
     inject = dli.DynamicLabelInjection(pool, fill="all")
     plan = inject.make_params(masks, torch.Generator().manual_seed(seed))
     after, labels = inject.transform(images, masks, InjectionPlan.from_json(plan.to_json()))
     assert torch.equal(labels == 255, masks == 255) and len(plan) == train.clean.sum()
     assert torch.equal(inject(images, masks, torch.Generator().manual_seed(seed))[1], labels)
-    with pytest.raises(ValueError, match="pass ignore_index=255"): dli.show_batch(images, after, labels, plan, classes)
+    with pytest.raises(ValueError, match="pass ignore_index=255"):
+        dli.show_batch(images, after, labels, plan, classes)
     for figure in (dli.show_batch(images, after, labels, plan, classes, ignore_index=255), show_samples(train)):
         figure.canvas.draw()
         plt.close(figure)
@@ -187,7 +196,8 @@ def test_ignored_pixels_in_networks_losses_and_scores(shape, classes, tmp_path):
     found = dli.score(tmp_path, samples=samples)
     assert found["iou_macro"] == found["iou_micro"] == 1 and found["clean_alarm"] == 0
     Image.fromarray(samples.masks[0]).save(tmp_path / f"{samples.table['name'][0]}.png")
-    with pytest.raises(ValueError, match="got 255; a prediction ignores nothing"): dli.score(tmp_path, samples=samples)
+    with pytest.raises(ValueError, match="got 255; a prediction ignores nothing"):
+        dli.score(tmp_path, samples=samples)
 
 
 @pytest.mark.parametrize("method", ["baseline", "wce", "dli"])

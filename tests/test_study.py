@@ -23,12 +23,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dli import data, study, training
-from dli.study import (AUTHORS, FILES, LADDER, STUDIES, FailedRuns, finished_runs, load_runs, makespan, missing,
-                       one_kind, one_recipe,
-                       projected_cost, publish, read_counts, resolve_all, row_config, run_matrix, study_configs)
-from dli.training import (CHECKPOINTS, METHODS, PRESETS, RECIPE, Method, RunConfig, locked, resolve, run, run_folder,
-                          run_key, run_name)
+import torch
+from dli.files import locked, read_table, write_whole
+from dli.data.magnetic import DownloadError
+from dli.experiment.config import METHODS, PRESETS, RECIPE, Method, RunConfig, resolve, run_key, run_name
+from dli.experiment.store import (FILES, RESULTS, load_runs, one_kind, one_recipe, publish, read_counts, row_config,
+                                  run_folder, store_files)
+from dli.experiment.evaluation import save_pictures
+from dli.experiment.state import CHECKPOINTS, CHECKPOINT_SECONDS
+from dli.experiment.training import run
+from dli.study.studies import AUTHORS, LADDER, STUDIES, configs_of, methods, missing, resolve_all, study_configs
+from dli.study.matrix import (PROCESSES, Bar, FailedRuns, finished_runs, main, makespan, projected_cost,
+                              projected_seconds, run_matrix, start, work)
+from conftest import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,14 +44,15 @@ def config(**kwargs):
     return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None, method="baseline") | kwargs))
 
 
-def no_pictures(done, val, folder): pass
+def no_pictures(done, val, folder):
+    pass
 
 
 # Children are forked from a process that has imported everything: starting one from nothing takes longer than its run.
 # One test does that.
 SERVED = multiprocessing.get_context("forkserver")
-SERVED.set_forkserver_preload(["dli.study"])
-WORK = study.work
+SERVED.set_forkserver_preload(["dli.study.matrix"])
+WORK = work
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,15 +63,15 @@ def server():
 
 def work(job, errors):
     "A child that draws no pictures and leaves a checkpoint after every step."
-    training.save_pictures, training.CHECKPOINT_SECONDS = no_pictures, 0
+    save_pictures, CHECKPOINT_SECONDS = no_pictures, 0
     WORK(job, errors)
 
 
 @pytest.fixture(autouse=True)
 def quick_children(monkeypatch):
-    monkeypatch.setattr(study, "PROCESSES", SERVED)
-    monkeypatch.setattr(study, "work", work)
-    monkeypatch.setattr(training, "save_pictures", no_pictures)
+    patch(monkeypatch, "PROCESSES", SERVED)
+    patch(monkeypatch, "work", work)
+    patch(monkeypatch, "save_pictures", no_pictures)
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +79,9 @@ def trained(tmp_path_factory):
     "A store of two runs that nobody changes."
     store = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, "save_pictures", no_pictures)
-        for method in ("baseline", "dli"): run(config(method=method, out=str(store)), progress=False)
+        patch(m, "save_pictures", no_pictures)
+        for method in ("baseline", "dli"):
+            run(config(method=method, out=str(store)), progress=False)
     return store
 
 
@@ -116,7 +125,7 @@ def test_an_empty_store_has_the_columns(tmp_path):
 
 
 def test_the_committed_rows_are_whole():
-    assert len(silently(ROOT / study.RESULTS)) == len(list((ROOT / study.RESULTS).glob("*/row.json")))
+    assert len(silently(ROOT / RESULTS)) == len(list((ROOT / RESULTS).glob("*/row.json")))
 
 
 @dataclass(frozen=True)
@@ -126,22 +135,23 @@ class Later(RunConfig):
 
 
 def test_a_field_added_later_loses_no_row(store, monkeypatch):
-    committed = silently(ROOT / study.RESULTS, store)
-    monkeypatch.setattr(study, "RunConfig", Later)
-    runs = silently(ROOT / study.RESULTS, store)
+    committed = silently(ROOT / RESULTS, store)
+    patch(monkeypatch, "RunConfig", Later)
+    runs = silently(ROOT / RESULTS, store)
     assert runs["key"].tolist() == committed["key"].tolist() and set(runs["ema"]) == {0.0} and len(runs) >= 2
     wanted = [Later(**asdict(row_config(row)) | dict(out=str(store))) for _, row in runs.iterrows()]
-    assert missing(wanted, ROOT / study.RESULTS, store) == []
+    assert missing(wanted, ROOT / RESULTS, store) == []
     assert len(missing([replace(c, ema=0.9) for c in wanted])) == len(wanted)
     change_row(folder_of(store), ema=0.0)
     assert len(silently(store)) == 2
     change_row(folder_of(store), ema=0.9)
-    with pytest.warns(UserWarning, match="its key is"): load_runs(store)
+    with pytest.warns(UserWarning, match="its key is"):
+        load_runs(store)
 
 
 def test_counts_are_read_once_and_again_once_they_changed(store, monkeypatch):
-    folder, read, reads = folder_of(store), study.read_table, []
-    monkeypatch.setattr(study, "read_table", lambda path: reads.append(path) or read(path))
+    folder, read, reads = folder_of(store), read_table, []
+    patch(monkeypatch, "read_table", lambda path: reads.append(path) or read(path))
     first, again = read_counts(dict(folder=folder)), read_counts(dict(folder=folder))
     assert len(reads) == 1 and first.equals(again)
     first["tp_Break"] = -1  # a reader's changes are its own
@@ -152,11 +162,13 @@ def test_counts_are_read_once_and_again_once_they_changed(store, monkeypatch):
 
 
 def test_a_matrix_is_never_filled_with_synthetic_rows_in_silence(monkeypatch):
-    monkeypatch.setattr(data, "find_magnetic_tiles", lambda: None)
+    patch(monkeypatch, "find_magnetic_tiles", lambda: None)
 
-    def no_network(): raise data.DownloadError("no network")
-    monkeypatch.setattr(data, "fetch_magnetic_tiles", no_network)
-    with pytest.raises(data.DownloadError, match="no network"): run_matrix([RunConfig(preset="smoke", dataset="auto")])
+    def no_network():
+        raise DownloadError("no network")
+    patch(monkeypatch, "fetch_magnetic_tiles", no_network)
+    with pytest.raises(DownloadError, match="no network"):
+        run_matrix([RunConfig(preset="smoke", dataset="auto")])
 
 
 def change_row(folder, **changes):
@@ -242,7 +254,8 @@ def test_foreign_folders_are_named_and_unfinished_runs_are_not(store):
     (store / "run.ipynb").write_text("{}")
     (store / "under-way").mkdir()
     (store / "under-way" / "config.json").write_text("{}")
-    with pytest.warns(UserWarning) as said: assert len(load_runs(store)) == 2
+    with pytest.warns(UserWarning) as said:
+        assert len(load_runs(store)) == 2
     assert [str(w.message).split(": ", 1)[1]
             for w in said] == ["neither a row.json nor a config.json: not the folder of a run"]
     assert "notes" in str(said[0].message)
@@ -266,14 +279,16 @@ def test_recipes_are_not_mixed(trained, store):
     change_row(folder_of(store), recipe=RECIPE - 1, key="of another")
     runs = silently(store)
     assert len(runs) == 2 and one_recipe(silently(trained)) == RECIPE
-    with pytest.raises(ValueError, match=f"1 of recipe {RECIPE - 1}, 1 of recipe {RECIPE}"): one_recipe(runs)
+    with pytest.raises(ValueError, match=f"1 of recipe {RECIPE - 1}, 1 of recipe {RECIPE}"):
+        one_recipe(runs)
 
 
 def test_rows_of_another_recipe_may_have_other_fields(store):
     change_row(folder_of(store), recipe=RECIPE - 1, fold=..., partition=..., device=..., another=1)
     assert len(silently(store)) == 2
     change_row(folder_of(store), key=...)
-    with pytest.warns(UserWarning, match="it lacks key"): assert len(load_runs(store)) == 1
+    with pytest.warns(UserWarning, match="it lacks key"):
+        assert len(load_runs(store)) == 1
 
 
 def test_devices_and_number_formats_are_not_mixed(trained):
@@ -290,7 +305,7 @@ def test_devices_and_number_formats_are_not_mixed(trained):
 def test_published_rows_are_small_and_the_same(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copies = publish(silently(trained))
-    assert copies == [tmp_path / study.RESULTS / f.name for f in sorted(trained.iterdir())]
+    assert copies == [tmp_path / RESULTS / f.name for f in sorted(trained.iterdir())]
     assert all({p.name for p in f.iterdir()} == set(FILES) for f in copies)
     drop = dict(columns=["out", "folder", "decoder"])
     pd.testing.assert_frame_equal(silently().drop(**drop), silently(trained).drop(**drop))
@@ -311,9 +326,11 @@ def test_another_result_is_never_overwritten(trained, tmp_path):
 
 
 def test_unfinished_and_broken_runs_are_not_published(store, tmp_path):
-    with pytest.raises((ValueError, OSError)): publish([config(seed=4, out=str(store))], tmp_path / "results")
+    with pytest.raises((ValueError, OSError)):
+        publish([config(seed=4, out=str(store))], tmp_path / "results")
     change_row(folder_of(store), iou_macro=0.99)
-    with pytest.raises(ValueError, match="0.99 in the row"): publish([config(out=str(store))], tmp_path / "results")
+    with pytest.raises(ValueError, match="0.99 in the row"):
+        publish([config(out=str(store))], tmp_path / "results")
     (folder_of(store, "dli") / "regions.npz").unlink()
     with pytest.raises(ValueError, match="regions.npz is missing"):
         publish([config(method="dli", out=str(store))], tmp_path / "results")
@@ -325,19 +342,23 @@ class Dies(BaseException):
 
 
 def test_publishing_may_die_after_every_write(trained, tmp_path, monkeypatch):
-    write, deaths, left = study.write_whole, 0, 0
+    write, deaths, left = write_whole, 0, 0
 
     def write_or_die(path, content):
         nonlocal left
-        if left == 0: raise Dies
+        if left == 0:
+            raise Dies
         left -= 1
         write(path, content)
-    monkeypatch.setattr(study, "write_whole", write_or_die)
+    patch(monkeypatch, "write_whole", write_or_die)
     while True:
         left = deaths
-        try: publish(silently(trained), tmp_path)
-        except Dies: deaths += 1
-        else: break
+        try:
+            publish(silently(trained), tmp_path)
+        except Dies:
+            deaths += 1
+        else:
+            break
         silently(tmp_path) # what is there is whole
     assert deaths == 2 * len(FILES) - 1 or deaths >= len(FILES)
     assert rows_of(tmp_path).keys() == rows_of(trained).keys() and len(silently(tmp_path)) == 2
@@ -399,7 +420,8 @@ def test_the_ladder_changes_one_thing_a_rung():
 
 def test_no_training_runs_twice_under_two_names():
     kept = [asdict(c) for c in study_configs(STUDIES, "study", LITE, [0]) if c.method in ("dli", "dli-all")]
-    for a, b in itertools.combinations(kept, 2): assert a | dict(method="") != b | dict(method="")
+    for a, b in itertools.combinations(kept, 2):
+        assert a | dict(method="") != b | dict(method="")
 
 
 @given(st.lists(st.sampled_from(list(STUDIES)), min_size=1, max_size=8, unique=True), st.permutations(range(3)),
@@ -427,7 +449,7 @@ def test_what_auto_means_is_decided_once(monkeypatch):
     def decide(name, fallback=True):
         asked.append((name, fallback))
         return "synthetic"
-    monkeypatch.setattr(study, "resolve_dataset", decide)
+    patch(monkeypatch, "resolve_dataset", decide)
     resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
     assert asked == [("auto", False)] and {c.dataset for c in resolved} == {"synthetic"}
 
@@ -435,7 +457,7 @@ def test_what_auto_means_is_decided_once(monkeypatch):
 # The matrix
 
 def test_what_is_finished_is_not_repeated(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "start", lambda *a: pytest.fail("a run was started"))
+    patch(monkeypatch, "start", lambda *a: pytest.fail("a run was started"))
     configs = [config(method=m, out=str(trained)) for m in ("dli", "baseline", "dli")]
     assert run_matrix(configs, progress=False)["method"].tolist() == ["dli", "baseline"]
     monkeypatch.chdir(tmp_path)
@@ -456,14 +478,15 @@ def test_failures_stop_nobody_and_are_told_at_the_end(trained, tmp_path, monkeyp
         run_matrix([bad, good], jobs=1, progress=False)
     assert e.value.failures[0][0] == bad and "Traceback" in e.value.failures[0][1]
     assert e.value.runs["seed"].tolist() == [1]
-    monkeypatch.setattr(study, "work", kill_yourself)
+    patch(monkeypatch, "work", kill_yourself)
     with pytest.raises(FailedRuns, match="the process ended with exit code -9"):
         run_matrix([config(seed=2, out=str(tmp_path))], progress=False)
 
 
 @pytest.mark.parametrize("wrong", [dict(engine="slurm"), dict(jobs=0), dict(jobs=-1), dict(threads=0)])
 def test_wrong_arguments_are_refused(wrong):
-    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))): run_matrix([], **wrong)
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        run_matrix([], **wrong)
 
 
 def linger(job, errors):
@@ -471,14 +494,14 @@ def linger(job, errors):
 
 
 def test_so_many_at_a_time_and_in_order(tmp_path, monkeypatch):
-    begin, children, others = study.start, [], []
+    begin, children, others = start, [], []
 
     def start(*args):
         others.append(sum(child.process.is_alive() for child in children))
         children.append(begin(*args))
         return children[-1]
-    monkeypatch.setattr(study, "work", linger)
-    monkeypatch.setattr(study, "start", start)
+    patch(monkeypatch, "work", linger)
+    patch(monkeypatch, "start", start)
     configs = [config(seed=s, out=str(tmp_path)) for s in range(5)]
     assert len(run_matrix(configs, jobs=2, progress=False)) == 0  # nobody did anything
     assert [child.config for child in children] == configs and others[:2] == [0, 1] and max(others) == 1
@@ -488,7 +511,7 @@ def test_a_method_that_is_added_in_one_place_runs_and_has_rows(tmp_path, monkeyp
     monkeypatch.setitem(METHODS, "dli-mixed", Method(loss="focal", inject=dict(mix_gradients=True)))
     runs = run_matrix([config(method="dli-mixed", out=str(tmp_path))], progress=False)
     assert silently(tmp_path)["method"].tolist() == ["dli-mixed"] and runs["mix_gradients"].tolist() == [True]
-    assert "dli-mixed" in {c.method for c in study.configs_of(study.methods("dli-mixed"), "smoke", ["resnet18"], [0])}
+    assert "dli-mixed" in {c.method for c in configs_of(methods("dli-mixed"), "smoke", ["resnet18"], [0])}
 
 
 def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
@@ -496,7 +519,7 @@ def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
     for c, step in ((half, 3), (failed, 3)):
         run_folder(c).mkdir()
         (run_folder(c) / "curve.csv").write_text(f"step,loss\n1,1\n{step},1\n")
-    bar = study.Bar([done, half, failed], show=True)
+    bar = Bar([done, half, failed], show=True)
     assert (bar.bar.n, bar.bar.total) == (6, 18)
     bar.end(done, failed=False), bar.end(failed, failed=True)
     assert (bar.bar.n, bar.bar.total) == (12, 15) and "2 of 3 runs, 1 failed" in bar.bar.desc
@@ -510,7 +533,7 @@ def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
 
 def run_apart(configs):
     os.setsid()
-    study.PROCESSES, study.work = multiprocessing.get_context("fork"), work
+    PROCESSES, work = multiprocessing.get_context("fork"), work
     run_matrix(configs, jobs=2, progress=False)
 
 
@@ -521,9 +544,11 @@ def start_apart(target, *args):
 
 
 def kill_group(pid):
-    try: os.killpg(pid, signal.SIGKILL)
+    try:
+        os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
 
 
 def without_times(rows):
@@ -543,14 +568,16 @@ def outcome(configs):
     return without_times(rows).sort_index().to_json(), curves, files, regions
 
 
-def place(configs, out): return [replace(c, out=str(out)) for c in configs]
+def place(configs, out):
+    return [replace(c, out=str(out)) for c in configs]
 
 
 def killed_at_random(begin, configs, kills, seconds, tmp_path):
     "Kill runners of the configs so often, each within `seconds`, and yield what the last runner of each store leaves."
     moments, left = random.Random(kills), kills
     for attempt in itertools.count():
-        if not left: return
+        if not left:
+            return
         own = place(configs, tmp_path / f"killed-{attempt}")
         while left and len(silently(own[0].out)) < len(own):
             ended = begin(own, moments.uniform(0, seconds))
@@ -566,7 +593,8 @@ def test_a_killed_matrix_ends_as_if_it_had_not_been(tmp_path):
         "Run them apart; kill after so many seconds. Whether the runner ended by itself."
         process = start_apart(run_apart, own)
         process.join(seconds)
-        if ended := process.exitcode is not None: assert process.exitcode == 0
+        if ended := process.exitcode is not None:
+            assert process.exitcode == 0
         kill_group(process.pid) if not ended else None
         process.join()
         return ended
@@ -592,8 +620,10 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
     def begin(own, seconds):
         process = command("table2", "--preset", "smoke", "--dataset", "synthetic", "--folds", 0, 1, "--jobs", 2,
                           "--out", own[0].out, cwd=tmp_path)
-        try: output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired: return kill_group(process.pid) or (process.wait(), False)[1]
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return kill_group(process.pid) or (process.wait(), False)[1]
         assert process.returncode == 0, output
         return True
     began = time.perf_counter()
@@ -611,26 +641,30 @@ def wait_for(condition, seconds=180):
 
 def free(c):
     try:
-        with locked(run_folder(c)): return True
-    except RuntimeError: return False
+        with locked(run_folder(c)):
+            return True
+    except RuntimeError:
+        return False
 
 
 def test_children_end_with_a_runner_that_is_killed(tmp_path):
     configs = [config(seed=s, steps=5000, out=str(tmp_path)) for s in (0, 1)]
     process = start_apart(run_apart, configs)
-    for c in configs: wait_for(lambda: (run_folder(c) / CHECKPOINTS[0]).exists())
+    for c in configs:
+        wait_for(lambda: (run_folder(c) / CHECKPOINTS[0]).exists())
     assert not any(free(c) for c in configs)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    for c in configs: wait_for(lambda: free(c))
+    for c in configs:
+        wait_for(lambda: free(c))
 
 
 def command_apart(args, errors: Path):
     os.setsid()
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    study.PROCESSES, study.work = multiprocessing.get_context("fork"), work
+    PROCESSES, work = multiprocessing.get_context("fork"), work
     PRESETS["smoke"] = replace(PRESETS["smoke"], steps=5000)
-    sys.exit(study.main(args))
+    sys.exit(main(args))
 
 
 def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
@@ -644,7 +678,8 @@ def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
     errors = (tmp_path / "errors").read_text()
     assert process.exitcode == 130 and "stopped; the same command continues" in errors and "Traceback" not in errors
     for folder in runs():
-        with locked(folder): pass
+        with locked(folder):
+            pass
 
 
 # The command
@@ -652,33 +687,34 @@ def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2"]
-    assert study.main([*args, "--dry-run"]) == 0
+    assert main([*args, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "2 runs, 2 without a row" in printed
     assert all(f"{m}-efficientnet_lite0-smoke" in printed for m in ("dli", "dli-all"))
     assert "nothing was measured for efficientnet_lite0 at smoke" in printed
     assert not (tmp_path / "runs").exists()
-    assert study.main([*args, "--publish"]) == 0
+    assert main([*args, "--publish"]) == 0
     assert "2 of 2 runs have a row" in capsys.readouterr().out and set(silently()["method"]) == {"dli", "dli-all"}
-    assert study.main([*args, "--dry-run"]) == 0 and "2 runs, 0 without" in capsys.readouterr().out
-    assert study.main(["attribution", *args[1:], "--dry-run"]) == 0
+    assert main([*args, "--dry-run"]) == 0 and "2 runs, 0 without" in capsys.readouterr().out
+    assert main(["attribution", *args[1:], "--dry-run"]) == 0
     assert "5 runs, 4 without a row" in (printed := capsys.readouterr().out) and "machine_hours" in printed
 
 
 def test_the_commands_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], batch_size=4000))
-    assert study.main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0"]) == 1
+    assert main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0"]) == 1
     said = capsys.readouterr()
     assert said.err.count("batch_size=4000 is larger") == 2 and "0 of 2 runs have a row" in said.out
     for wrong in (["table3"], [], ["table1", "--preset", "fast"], ["table1", "--encoders", "vgg"]):
-        with pytest.raises(SystemExit) as e: study.main(wrong)
+        with pytest.raises(SystemExit) as e:
+            main(wrong)
         assert e.value.code == 2
 
 
 def test_a_child_from_nothing_has_its_threads(tmp_path, monkeypatch, capsys):
     "As outside of tests: a new Python, which reads the number of threads when it imports torch."
-    monkeypatch.setattr(study, "PROCESSES", multiprocessing.get_context("spawn"))
+    patch(monkeypatch, "PROCESSES", multiprocessing.get_context("spawn"))
     before = dict(os.environ), signal.getsignal(signal.SIGINT)
     assert run_matrix([config(steps=1, out=str(tmp_path))], threads=2)["threads"].tolist() == [2]
     assert before == (dict(os.environ), signal.getsignal(signal.SIGINT))
@@ -702,14 +738,14 @@ def measured(**columns):
 
 def test_costs_are_steps_and_evaluations():
     rows = measured()  # six steps in 6 s, two evaluations in 4 s
-    assert study.projected_seconds(config(), rows) == pytest.approx(10)
-    assert study.projected_seconds(config(steps=600), rows) == pytest.approx(604)
-    assert study.projected_seconds(config(method="dli"), rows) == pytest.approx(10)  # for want of its own
+    assert projected_seconds(config(), rows) == pytest.approx(10)
+    assert projected_seconds(config(steps=600), rows) == pytest.approx(604)
+    assert projected_seconds(config(method="dli"), rows) == pytest.approx(10)  # for want of its own
     both = pd.concat([rows, measured(method="dli", seconds_total=16.0)])
-    assert study.projected_seconds(config(method="dli"), both) == pytest.approx(16)
-    assert study.projected_seconds(config(), both) == pytest.approx(10)
-    assert study.projected_seconds(config(encoder="resnet18"), both) is None
-    assert study.projected_seconds(config(image_size=128), both) is None
+    assert projected_seconds(config(method="dli"), both) == pytest.approx(16)
+    assert projected_seconds(config(), both) == pytest.approx(10)
+    assert projected_seconds(config(encoder="resnet18"), both) is None
+    assert projected_seconds(config(image_size=128), both) is None
 
 
 def test_costs_by_number_of_machines():
@@ -756,36 +792,41 @@ def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
     of a run."""
     head, other, kill_other = two_nodes
     configs = [config(method=m, seed=s, steps=30) for s in (0, 1) for m in ("baseline", "dli")]
-    arrived, seen, store_files, began = [], {head: set(), other: set()}, study.store_files, time.perf_counter()
+    arrived, seen, store_files, began = [], {head: set(), other: set()}, store_files, time.perf_counter()
     say = lambda *what: print(f"{time.perf_counter() - began:6.1f} s", *what)
 
     def noted(folder, files):
         arrived.append(folder.name)
         say("arrived:", folder.name)
         store_files(folder, files)
-    monkeypatch.setattr(study, "store_files", noted)
+    patch(monkeypatch, "store_files", noted)
 
     def watch():
         killed = False
         while not stop.wait(0.05):
-            for node in (head, other): seen[node] |= {folder.name for folder in under_way(node)}
+            for node in (head, other):
+                seen[node] |= {folder.name for folder in under_way(node)}
             if kill and not killed and any((folder / "curve.csv").exists() for folder in under_way(other)):
                 say("the second node is killed while at", *(folder.name for folder in under_way(other)))
                 killed = kill_other() or True
     stop, watcher = threading.Event(), threading.Thread(target=watch)
     watcher.start()
-    try: runs = run_matrix(place(configs, tmp_path / "ray"), engine="ray", progress=False)
-    finally: stop.set(), watcher.join()
-    for name, node in (("first", head), ("second", other)): say(f"the {name} node was at:", *sorted(seen[node]))
+    try:
+        runs = run_matrix(place(configs, tmp_path / "ray"), engine="ray", progress=False)
+    finally:
+        stop.set(), watcher.join()
+    for name, node in (("first", head), ("second", other)):
+        say(f"the {name} node was at:", *sorted(seen[node]))
     assert sorted(arrived) == sorted(run_name(c) for c in configs) and seen[head] and seen[other]
     assert runs["key"].tolist() == [run_key(c) for c in configs] and len(silently(tmp_path / "ray")) == 4
-    if kill: assert seen[head] & seen[other], "the killed node's run was done again by the other"
+    if kill:
+        assert seen[head] & seen[other], "the killed node's run was done again by the other"
     alone = run_matrix(place(configs, tmp_path / "local"), jobs=2, progress=False)
     pd.testing.assert_frame_equal(without_times(runs), without_times(alone))
 
 
 def test_wrong_arguments_end_in_a_sentence(capsys):
-    assert study.main(["table2", "--folds", "7", "--dataset", "synthetic", "--dry-run"]) == 2
+    assert main(["table2", "--folds", "7", "--dataset", "synthetic", "--dry-run"]) == 2
     assert "fold=7: expected a number from 0 to 4" in capsys.readouterr().err
 
 

@@ -21,26 +21,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
-from dli import training
-from dli.metrics import scores
-from dli.training import (CHECKPOINTS, METHODS, PRESETS, FoldedBlock, GraphStep, RunConfig, fit, learning_rate, load_model, notebook_config,
-                          resolve, run, run_folder, run_key, run_samples)
+from dli import files
+from dli.files import locked, write_whole
+from dli.network.speed import FoldedBlock, default_device, memory_format, network_dtype
+from dli.scoring.metrics import scores
+from dli.experiment.config import (METHODS, PRESETS, RECIPE, RunConfig, evaluation_steps, learning_rate,
+                                   notebook_config, resolve, run_key, run_model)
+from dli.experiment.store import run_folder
+from dli.experiment.batches import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, run_injection,
+                                    run_samples, shuffled)
+from dli.experiment.evaluation import save_pictures
+from dli.experiment.steps import GraphStep, loss_of_batch, run_loss, train_step
+from dli.experiment.state import CHECKPOINTS, CHECKPOINT_SECONDS, advance, begin, fit, resume
+from dli.experiment.training import load_model, run
+from conftest import patch
 
 
 def config(**kwargs):
     return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs))
 
 
-save_pictures = training.save_pictures
+save_pictures = save_pictures
 
 
-def no_pictures(done, val, folder): pass
+def no_pictures(done, val, folder):
+    pass
 
 
 @pytest.fixture(autouse=True)
 def without_pictures(request, monkeypatch):
     "Drawing takes longer than training here: only the test that looks at the pictures draws them."
-    if request.node.name != "test_pictures_are_left": monkeypatch.setattr(training, "save_pictures", no_pictures)
+    if request.node.name != "test_pictures_are_left":
+        patch(monkeypatch, "save_pictures", no_pictures)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,9 +70,10 @@ def test_every_method_leaves_a_row(method, tmp_path):
 
 
 def test_a_picture_that_fails_costs_no_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "plot_curve", lambda *a: 1 / 0)
-    monkeypatch.setattr(training, "save_pictures", save_pictures)
-    with pytest.warns(UserWarning, match="curve.png is not drawn: ZeroDivisionError"): row = run(config(out=str(tmp_path)), progress=False)
+    patch(monkeypatch, "plot_curve", lambda *a: 1 / 0)
+    patch(monkeypatch, "save_pictures", save_pictures)
+    with pytest.warns(UserWarning, match="curve.png is not drawn: ZeroDivisionError"):
+        row = run(config(out=str(tmp_path)), progress=False)
     assert row["iou_macro"] is not None and (run_folder(config(out=str(tmp_path))) / "predictions.png").exists() and not plt.get_fignums()
 
 
@@ -75,13 +88,14 @@ def test_pictures_are_left(tmp_path):
 def test_a_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
     c = config(out=str(tmp_path))
     row = run(c, progress=False)
-    monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    patch(monkeypatch, "fit", lambda *a, **k: pytest.fail("trained again"))
     assert run(c, progress=False) == row
 
 
 def test_weights_come_back_from_the_file(tmp_path):
     c = config(out=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="call run"): load_model(c, run_samples(c)[0])
+    with pytest.raises(FileNotFoundError, match="call run"):
+        load_model(c, run_samples(c)[0])
     run(c, progress=False)
     train, val = run_samples(c)
     done = fit(c, train, val, progress=False)
@@ -92,7 +106,7 @@ def test_weights_come_back_from_the_file(tmp_path):
 def test_methods_of_one_seed_see_the_same_photographs():
     c = [config(method=m) for m in ("baseline", "wce", "dli")]
     train, _ = run_samples(c[0])
-    streams = [training.batches(x, train, training.run_injection(x, train), torch.device("cpu")) for x in c]
+    streams = [batches(x, train, run_injection(x, train), torch.device("cpu")) for x in c]
     for _ in range(5):
         (a, ma), (b, mb), (d, md) = map(next, streams)
         assert torch.equal(a, b) and torch.equal(ma, mb)
@@ -104,23 +118,24 @@ def test_methods_of_one_seed_see_the_same_photographs():
 @settings(max_examples=40, deadline=None)
 def test_shuffled_epochs_show_each_image_at_most_once(n, size, seed, epoch):
     if size > n:
-        with pytest.raises(ValueError, match="larger than the"): training.shuffled(n, size, seed, 0)
+        with pytest.raises(ValueError, match="larger than the"):
+            shuffled(n, size, seed, 0)
         return
     steps = range(epoch * (n // size), (epoch + 1) * (n // size))
-    shown = torch.cat([training.shuffled(n, size, seed, step) for step in steps])
+    shown = torch.cat([shuffled(n, size, seed, step) for step in steps])
     assert len(shown.unique()) == len(shown) == n // size * size and shown.max() < n
 
 
 def test_chance_is_independent_of_seed_purpose_and_step():
-    drawn = {(seed, what, step): torch.rand(4, generator=training.chance(seed, what, step)).tolist()
-             for seed in (0, 1, 2**20) for what in training.DRAWN for step in (0, 1, 10**6)}
-    assert len({tuple(v) for v in drawn.values()}) == 9 * len(training.DRAWN)
-    assert drawn[1, "flips", 1] == torch.rand(4, generator=training.chance(1, "flips", 1)).tolist()
+    drawn = {(seed, what, step): torch.rand(4, generator=chance(seed, what, step)).tolist()
+             for seed in (0, 1, 2**20) for what in DRAWN for step in (0, 1, 10**6)}
+    assert len({tuple(v) for v in drawn.values()}) == 9 * len(DRAWN)
+    assert drawn[1, "flips", 1] == torch.rand(4, generator=chance(1, "flips", 1)).tolist()
 
 
 def test_balanced_draws_have_dlis_clean_share():
     labels = np.repeat([0, 1, 3], [300, 40, 10])
-    share, weight = training.clean_share_after_dli(labels, 16), training.draw_weights(labels, 16, "balanced").numpy()
+    share, weight = clean_share_after_dli(labels, 16), draw_weights(labels, 16, "balanced").numpy()
     drawn = np.bincount(labels, weight, minlength=4)
     np.testing.assert_allclose(drawn, [share, (1 - share) / 2, 0, (1 - share) / 2])
     assert len(np.unique(weight[labels == 1])) == 1
@@ -156,7 +171,8 @@ def test_balanced_draws_have_dlis_clean_share():
     (dict(decoder=(64, 2.5)), "whole number"),
 ])
 def test_wrong_configs_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message): RunConfig(**wrong)
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**wrong)
 
 
 def test_configs_are_filled_in_and_round_trip():
@@ -185,7 +201,7 @@ def test_one_run_has_one_key_whatever_the_spelling(spelling, plain):
 
 def test_a_config_is_made_without_disk_or_network(monkeypatch):
     for name in ("resolve_dataset", "data_fingerprint", "file_hash"):
-        monkeypatch.setattr(training, name, lambda *a: pytest.fail("a config looked at the machine"))
+        patch(monkeypatch, name, lambda *a: pytest.fail("a config looked at the machine"))
     c = RunConfig(weights="/no/such/file.pth", dataset="auto")
     assert c.weights == "/no/such/file.pth" and c.data is None and c.weights_hash is None
 
@@ -193,15 +209,17 @@ def test_a_config_is_made_without_disk_or_network(monkeypatch):
 def test_resolving_settles_what_the_machine_knows(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"one")
-    monkeypatch.setattr(training, "resolve_dataset", lambda name: "synthetic")
+    patch(monkeypatch, "resolve_dataset", lambda name: "synthetic")
     c = RunConfig(weights=weights, dtype="auto")
     done = resolve(c)
     assert done.dataset == "synthetic" and done.data and len(done.weights_hash) == 64 and done.dtype in ("bfloat16", "float32")
     assert resolve(done) == done and run_key(c) == run_key(done)
     weights.write_bytes(b"two")
     assert run_key(c) != done.weights_hash
-    with pytest.raises(ValueError, match="made for another weights_hash"): resolve(done)
-    with pytest.raises(ValueError, match="made for another data"): resolve(replace(done, data="0" * 16, weights_hash=None))
+    with pytest.raises(ValueError, match="made for another weights_hash"):
+        resolve(done)
+    with pytest.raises(ValueError, match="made for another data"):
+        resolve(replace(done, data="0" * 16, weights_hash=None))
 
 
 def test_a_new_field_keeps_every_key():
@@ -235,17 +253,17 @@ def test_a_config_means_the_same_in_another_process(tmp_path):
 
 def test_shares_without_balancing_keep_the_classes_proportions():
     labels = np.repeat([0, 1, 3], [300, 40, 10])
-    clean, weight = training.clean_share_after_dli(labels, 16), training.draw_weights(labels, 16, "share").numpy()
+    clean, weight = clean_share_after_dli(labels, 16), draw_weights(labels, 16, "share").numpy()
     drawn = np.bincount(labels, weight, minlength=4)
     np.testing.assert_allclose(drawn, [clean, (1 - clean) * 0.8, 0, (1 - clean) * 0.2])
 
 
 def test_the_best_evaluation_is_scored_where_asked_for(tmp_path, monkeypatch):
     c = config(method="baseline", select="best", evaluations=3, out=str(tmp_path))
-    usual, marks = training.scores, iter((0.2, 0.9, 0.1))
-    monkeypatch.setattr(training, "scores", lambda *a: usual(*a) | dict(iou_micro=next(marks, usual(*a)["iou_micro"])))
+    usual, marks = scores, iter((0.2, 0.9, 0.1))
+    patch(monkeypatch, "scores", lambda *a: usual(*a) | dict(iou_micro=next(marks, usual(*a)["iou_micro"])))
     states = []
-    monkeypatch.setattr(training, "save_state", lambda done, folder: states.append({k: v.clone() for k, v in done.model.state_dict().items()}))
+    patch(monkeypatch, "save_state", lambda done, folder: states.append({k: v.clone() for k, v in done.model.state_dict().items()}))
     run(c, progress=False)
     saved = load_model(c, run_samples(c)[0]).state_dict()
     same = [all(torch.equal(v, saved[k]) for k, v in state.items()) for state in states]
@@ -258,14 +276,16 @@ def test_the_best_network_survives_a_kill(tmp_path):
     stopped = replace(c, out=str(tmp_path / "stopped"))
     with pytest.MonkeyPatch.context() as m:
         stop_at(m, 5, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt): run(stopped, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped, progress=False)
     run(stopped, progress=False)
     assert outcome(stopped) == outcome(c)
 
 
 def test_notebook_parameters():
     assert notebook_config(dict(method="wce", fold=3, json=json)) == RunConfig(method="wce", fold=3)
-    with pytest.raises(ValueError, match="unknown parameter sede: the parameters are method"): notebook_config(dict(sede=3))
+    with pytest.raises(ValueError, match="unknown parameter sede: the parameters are method"):
+        notebook_config(dict(sede=3))
 
 
 @given(st.sampled_from(list(PRESETS)), st.integers(1, 300))
@@ -274,7 +294,7 @@ def test_rate_and_evaluations(preset, steps):
     c = RunConfig(preset=preset, steps=steps)
     rates = [learning_rate(c, s) for s in range(steps)]
     assert 0 <= min(rates) and max(rates) <= c.lr and np.argmax(rates) <= c.warmup * steps + 1
-    stops = training.evaluation_steps(c)
+    stops = evaluation_steps(c)
     assert max(stops) == steps and 1 <= len(stops) <= 20
 
 
@@ -291,21 +311,23 @@ def test_trains_on_cuda(method, tmp_path):
 def test_the_gpu_is_used_where_there_is_one(cuda, mps, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert training.default_device() == torch.device(expected)
-    assert training.network_dtype(torch.device("mps")) == torch.float32
-    assert training.memory_format("resnet18", torch.device("mps")) == torch.contiguous_format
+    assert default_device() == torch.device(expected)
+    assert network_dtype(torch.device("mps")) == torch.float32
+    assert memory_format("resnet18", torch.device("mps")) == torch.contiguous_format
 
 
 def test_a_device_is_chosen_by_name(tmp_path):
     assert run(config(out=str(tmp_path)), progress=False, device="cpu")["device"] == "cpu"
-    with pytest.raises(ValueError, match="device='gpu' can't be used here"): run(config(out=str(tmp_path), seed=3), progress=False, device="gpu")
+    with pytest.raises(ValueError, match="device='gpu' can't be used here"):
+        run(config(out=str(tmp_path), seed=3), progress=False, device="gpu")
 
 
 def test_torchs_defaults_change_no_bit(tmp_path, unstopped):
     "Whatever the process has set as default number format and device, a run is the same."
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
-    try: run(config(out=str(tmp_path)), progress=False, device="cpu")
+    try:
+        run(config(out=str(tmp_path)), progress=False, device="cpu")
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
@@ -314,29 +336,35 @@ def test_torchs_defaults_change_no_bit(tmp_path, unstopped):
 
 class NoStream:
     "Stands in for a CUDA stream: what is put on it is done at once."
-    def __init__(self, *_): pass
-    def __enter__(self): return self
-    def __exit__(self, *_): pass
-    def synchronize(self): pass
-    def wait_stream(self, other): pass
+    def __init__(self, *_):
+        pass
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+    def synchronize(self):
+        pass
+    def wait_stream(self, other):
+        pass
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_captured_step_is_the_usual_one(dtype, monkeypatch):
     "What `GraphStep` records, computed on the CPU without a graph, does what `train_step` does."
-    for name in ("Stream", "stream"): monkeypatch.setattr(torch.cuda, name, NoStream)
+    for name in ("Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(training, "WARM_STEPS", 100)
-    monkeypatch.setattr(training, "fused", lambda loss: loss)
+    patch(monkeypatch, "WARM_STEPS", 100)
+    patch(monkeypatch, "fused", lambda loss: loss)
     c = config(method="baseline", dtype=dtype)
     train, _ = run_samples(c)
-    usual = training.run_model(c, train, torch.device("cpu"))
-    model, loss = copy.deepcopy(usual), training.run_loss(c, train)
+    usual = run_model(c, train, torch.device("cpu"))
+    model, loss = copy.deepcopy(usual), run_loss(c, train)
     adam = [torch.optim.SGD(m.parameters(), lr=rate) for m, rate in ((usual, 0.1), (model, torch.tensor(0.0)))]
     counted = [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")]
     step = None
-    for images, masks in itertools.islice(training.batches(c, train, None, torch.device("cpu")), 3):
-        expected = training.train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype))
+    for images, masks in itertools.islice(batches(c, train, None, torch.device("cpu")), 3):
+        expected = train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype))
         step = step or GraphStep(model, loss, adam[1], getattr(torch, dtype), images, masks)
         step(images, masks, 0.1)
         assert step.losses() == [pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-2)] and step.losses() == []
@@ -348,16 +376,17 @@ def test_the_captured_step_is_the_usual_one(dtype, monkeypatch):
 def test_a_captured_loss_that_is_not_finite_is_named(monkeypatch):
     step = GraphStep.__new__(GraphStep)
     step.stream, step.values = NoStream(), [torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(2.0)]
-    with pytest.raises(FloatingPointError, match="the loss is nan"): step.losses()
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        step.losses()
 
 
 # Interruption. A process is killed for real, so runs are trained in processes of their own: forked from one that has imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dli.training"])
+PROCESSES.set_forkserver_preload(["dli.experiment.training"])
 
 
 def train_apart(c: RunConfig, checkpoint_seconds: float, threads: int):
-    training.CHECKPOINT_SECONDS, training.save_pictures = checkpoint_seconds, no_pictures
+    CHECKPOINT_SECONDS, save_pictures = checkpoint_seconds, no_pictures
     torch.set_num_threads(threads)
     run(c, progress=False)
 
@@ -389,7 +418,8 @@ def test_killed_runs_end_as_if_they_had_not_been(kills, threads, method, tmp_pat
         process.join()
     seconds, whole, moments, left = time.perf_counter() - began, outcome(place("whole")), random.Random(kills), kills
     for attempt in itertools.count():
-        if not left: break
+        if not left:
+            break
         c = place(f"killed-{attempt}")
         while left and not (run_folder(c) / "row.json").exists():
             process = start(c, 0, threads)
@@ -407,7 +437,7 @@ class Dies(BaseException):
 
 
 def test_a_run_that_dies_after_every_write_ends_as_if_it_had_not(tmp_path, monkeypatch):
-    whole, c, write = config(steps=2, out=str(tmp_path / "whole")), config(steps=2, out=str(tmp_path / "dies")), training.write_whole
+    whole, c, write = config(steps=2, out=str(tmp_path / "whole")), config(steps=2, out=str(tmp_path / "dies")), write_whole
     run(whole, progress=False)
     deaths, left = 0, 0
 
@@ -419,11 +449,13 @@ def test_a_run_that_dies_after_every_write_ends_as_if_it_had_not(tmp_path, monke
         left -= 1
         write(path, content)
 
-    monkeypatch.setattr(training, "write_whole", write_or_die)
+    patch(monkeypatch, "write_whole", write_or_die)
     while not (run_folder(c) / "row.json").exists():
         left = deaths
-        try: run(c, progress=False)
-        except Dies: deaths += 1
+        try:
+            run(c, progress=False)
+        except Dies:
+            deaths += 1
     assert deaths >= 5
     assert outcome(c) == outcome(whole)
 
@@ -434,7 +466,8 @@ def stopped(tmp_path):
     c = config(out=str(tmp_path))
     with pytest.MonkeyPatch.context() as m:
         stop_at(m, 5, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt, match="at step 5 of dli.*call run again to continue"): run(c, progress=False)
+        with pytest.raises(KeyboardInterrupt, match="at step 5 of dli.*call run again to continue"):
+            run(c, progress=False)
     assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "curve.csv", CHECKPOINTS[1], "lock"}
     return c
 
@@ -448,54 +481,58 @@ def unstopped(tmp_path_factory):
 
 def stop_at(monkeypatch, step, error):
     "Let the run's step (counted from 1) raise an error."
-    advance = training.advance
+    advance = advance
 
     def stopping(done, *batch):
-        if done.step + 1 == step: raise error
+        if done.step + 1 == step:
+            raise error
         advance(done, *batch)
-    monkeypatch.setattr(training, "advance", stopping)
+    patch(monkeypatch, "advance", stopping)
 
 
 def test_a_stopped_run_shows_what_it_has_and_continues(stopped, unstopped, monkeypatch):
-    folder, steps, advance = run_folder(stopped), [], training.advance
+    folder, steps, advance = run_folder(stopped), [], advance
     assert pd.read_csv(folder / "curve.csv")["step"].tolist() == [3]
     assert RunConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "recipe"}) == stopped
-    monkeypatch.setattr(training, "advance", lambda done, *batch: (steps.append(done.step), advance(done, *batch)))
+    patch(monkeypatch, "advance", lambda done, *batch: (steps.append(done.step), advance(done, *batch)))
     run(stopped, progress=False)
     assert steps == [3, 4, 5] and outcome(stopped) == unstopped
 
 
 def two_checkpoints(c, monkeypatch):
     "Continue the stopped run to its last step, so that there are checkpoints of the third and of the fifth."
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    patch(monkeypatch, "CHECKPOINT_SECONDS", 0)
     with pytest.MonkeyPatch.context() as m:
         stop_at(m, 6, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt): run(c, progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            run(c, progress=False)
     return [run_folder(c) / name for name in CHECKPOINTS]
 
 
 def test_a_truncated_checkpoint_is_named(stopped):
     path = run_folder(stopped) / CHECKPOINTS[1]
-    content, fresh = path.read_bytes(), training.begin(stopped, run_samples(stopped)[0])
+    content, fresh = path.read_bytes(), begin(stopped, run_samples(stopped)[0])
     for length in (0, 1, 8, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{path.name} can't be read.*truncated.*delete it to start from the beginning"): training.resume(fresh, path.parent)
+        with pytest.raises(ValueError, match=f"{path.name} can't be read.*truncated.*delete it to start from the beginning"):
+            resume(fresh, path.parent)
     assert fresh.step == 0
 
 
 def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch):
     older, newer = sorted(two_checkpoints(stopped, monkeypatch), key=os.path.getmtime)
     newer.write_bytes(newer.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=f"{newer.name} can't be read.*truncated.*continuing from the other"): run(stopped, progress=False)
+    with pytest.warns(UserWarning, match=f"{newer.name} can't be read.*truncated.*continuing from the other"):
+        run(stopped, progress=False)
     assert outcome(stopped) == unstopped
 
 
 @pytest.mark.parametrize("change,message", [
     (lambda m: dict(seed=1), "seed=0, here 1"),
-    (lambda m: m.setattr(training, "RECIPE", training.RECIPE + 1), f"recipe={training.RECIPE}, here {training.RECIPE + 1}"),
-    (lambda m: m.setattr(training, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
+    (lambda m: patch(m, "RECIPE", RECIPE + 1), f"recipe={RECIPE}, here {RECIPE + 1}"),
+    (lambda m: patch(m, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
     (lambda m: dict(dtype="float32"), "dtype='bfloat16', here 'float32'"),
-    (lambda m: m.setattr(training, "run_samples", lambda c: [replace(s, source="magnetic-tiles") for s in run_samples(c)]), "source='synthetic', here 'magnetic-tiles'"),
+    (lambda m: patch(m, "run_samples", lambda c: [replace(s, source="magnetic-tiles") for s in run_samples(c)]), "source='synthetic', here 'magnetic-tiles'"),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
     content = (run_folder(stopped) / CHECKPOINTS[1]).read_bytes()
@@ -503,7 +540,8 @@ def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stoppe
     path = run_folder(other) / CHECKPOINTS[1]
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"is of another run or version: .*{message}.*delete it to start"): run(other, progress=False)
+    with pytest.raises(ValueError, match=f"is of another run or version: .*{message}.*delete it to start"):
+        run(other, progress=False)
     assert path.read_bytes() == content and not (path.parent / "row.json").exists()
 
 
@@ -511,7 +549,8 @@ def test_a_damaged_row_is_not_overwritten(tmp_path):
     c = config(out=str(tmp_path))
     run_folder(c).mkdir()
     (run_folder(c) / "row.json").write_text('{"method": "dl')
-    with pytest.raises(ValueError, match="row.json can't be read.*delete it to train again"): run(c, progress=False)
+    with pytest.raises(ValueError, match="row.json can't be read.*delete it to train again"):
+        run(c, progress=False)
     assert (run_folder(c) / "row.json").read_text() == '{"method": "dl'
 
 
@@ -519,33 +558,38 @@ def test_a_damaged_row_is_not_overwritten(tmp_path):
 def test_the_row_of_another_run_is_not_taken_for_this_one(content, tmp_path):
     c = config(out=str(tmp_path))
     run_folder(c).mkdir()
-    for name in ("row.json", CHECKPOINTS[0]): (run_folder(c) / name).write_text(content)
-    with pytest.raises(ValueError, match="row.json is not the row of this run.*delete it to train again"): run(c, progress=False)
+    for name in ("row.json", CHECKPOINTS[0]):
+        (run_folder(c) / name).write_text(content)
+    with pytest.raises(ValueError, match="row.json is not the row of this run.*delete it to train again"):
+        run(c, progress=False)
     assert all((run_folder(c) / name).read_text() == content for name in ("row.json", CHECKPOINTS[0]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_sound_checkpoint(tmp_path, unstopped):
-    c, usual = config(out=str(tmp_path)), training.loss_of_batch
+    c, usual = config(out=str(tmp_path)), loss_of_batch
     with pytest.MonkeyPatch.context() as m:
         calls = []
-        m.setattr(training, "loss_of_batch", lambda *a: usual(*a) * (float("nan") if calls.append(1) or len(calls) == 5 else 1))
-        m.setattr(training, "CHECKPOINT_SECONDS", 0)
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 5 of dli-.*rate.*lower lr"): run(c, progress=False)
+        patch(m, "loss_of_batch", lambda *a: usual(*a) * (float("nan") if calls.append(1) or len(calls) == 5 else 1))
+        patch(m, "CHECKPOINT_SECONDS", 0)
+        with pytest.raises(FloatingPointError, match="the loss is nan at step 5 of dli-.*rate.*lower lr"):
+            run(c, progress=False)
     run(c, progress=False)
     assert outcome(c) == unstopped
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, unstopped):
-    c, usual = config(out=str(tmp_path)), training.train_step
+    c, usual = config(out=str(tmp_path)), train_step
 
     def spoil(model, *rest):
         value = usual(model, *rest)
-        if rest[1].state[next(model.parameters())]["step"] == 5: next(model.parameters()).data[:] = float("inf")
+        if rest[1].state[next(model.parameters())]["step"] == 5:
+            next(model.parameters()).data[:] = float("inf")
         return value
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, "train_step", spoil)
-        m.setattr(training, "CHECKPOINT_SECONDS", 0)
-        with pytest.raises(FloatingPointError, match="is not finite .*lower lr"): run(c, progress=False)
+        patch(m, "train_step", spoil)
+        patch(m, "CHECKPOINT_SECONDS", 0)
+        with pytest.raises(FloatingPointError, match="is not finite .*lower lr"):
+            run(c, progress=False)
     run(c, progress=False)
     assert outcome(c) == unstopped
 
@@ -559,8 +603,9 @@ def test_a_full_disk_is_named_and_the_run_continues(writes, tmp_path, unstopped)
         files.append(path)
         return open(path if len(files) <= writes else "/dev/full", mode)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(training, "open", limited, raising=False)
-        with pytest.raises(OSError, match=r"No space left on device.*make room, then call run again.*") as error: run(c, progress=False)
+        m.setattr(files, "open", limited, raising=False)
+        with pytest.raises(OSError, match=r"No space left on device.*make room, then call run again.*") as error:
+            run(c, progress=False)
     assert error.value.errno == 28 and not list(run_folder(c).glob("*.part")) and not (run_folder(c) / "row.json").exists()
     run(c, progress=False)
     assert outcome(c) == unstopped
@@ -575,13 +620,16 @@ def test_another_process_is_kept_out_until_ctrl_c(tmp_path):
     c = config(steps=2000, out=str(tmp_path))
     process = PROCESSES.Process(target=train_until_interrupted, args=(c, tmp_path / "errors"))
     process.start()
-    while not (run_folder(c) / CHECKPOINTS[0]).exists(): time.sleep(0.05)
-    with pytest.raises(RuntimeError, match=f"{run_key(c)}: another process is training this very run: wait for it, or end it"): run(c, progress=False)
+    while not (run_folder(c) / CHECKPOINTS[0]).exists():
+        time.sleep(0.05)
+    with pytest.raises(RuntimeError, match=f"{run_key(c)}: another process is training this very run: wait for it, or end it"):
+        run(c, progress=False)
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 1 and "KeyboardInterrupt: stopped at step" in (tmp_path / "errors").read_text()
-    fresh = training.begin(c, run_samples(c)[0])
-    with training.locked(run_folder(c)): training.resume(fresh, run_folder(c))
+    fresh = begin(c, run_samples(c)[0])
+    with locked(run_folder(c)):
+        resume(fresh, run_folder(c))
     assert fresh.step >= 2
 
 
@@ -612,10 +660,12 @@ def test_a_folded_block_is_the_block(batch, height, width, skipped, layout, seed
         out = b(x, 2 * height, 2 * width, skip)
         out.square().sum().backward()
         found.append([out, x.grad, *([skip.grad] if skipped else []), *(p.grad for p in b.parameters())])
-    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
     assert block.state_dict().keys() == folded.state_dict().keys()
 
 
 def test_a_folded_block_refuses_other_sizes():
     block = FoldedBlock(UnetDecoderBlock(4, 0, 5))
-    with pytest.raises(ValueError, match="expected images whose height and width are multiples of 8, got features .3, 4. for 7x8"): block(torch.rand(1, 4, 3, 4), 7, 8)
+    with pytest.raises(ValueError, match="expected images whose height and width are multiples of 8, got features .3, 4. for 7x8"):
+        block(torch.rand(1, 4, 3, 4), 7, 8)
