@@ -1,18 +1,18 @@
-"""Series, similarity, tiles and the audit: properties on made-up photographs, and the shipped index against its rules."""
+"""Series, similarity, tiles and the audit: properties on made-up photographs; the shipped index against its rules."""
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
-from pathlib import Path
-
 import dli
-import torch
+from dli.data.audit import audit_labels, suspect_images, write_tiles
 from dli.data.magnetic import find_magnetic_tiles, read_index
-from dli.data.tiles import (REPEATED, SAME_TILE, audit_labels, connected, find_candidates, find_tiles, fingerprint,
-                            number_series, photographs, series_similarity, shared_exposures, similarity, suspect_images,
-                            texture, turned, write_tiles)
+from dli.data.tiles import (REPEATED, SAME_TILE, connected, find_candidates, find_tiles, fingerprint, number_series,
+                            photographs, series_similarity, shared_exposures, similarity, texture, turned)
 
 SHIPPED = Path(dli.__file__).parent / "data"  # tables that come with the package
 
@@ -26,16 +26,21 @@ def made(photos, size=(100, 100)):
     return pd.DataFrame(dict(number=numbers, exposure=exposures, width=size[0], height=size[1]))
 
 
-# ---- series ---------------------------------------------------------------------------------------------------------------
+# ---- series ------------------------------------------------------------------------------------------------------
 
-@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 6)), unique_by=lambda p: p[0], min_size=1, max_size=60), st.randoms())
+PHOTOS = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 6)), unique_by=lambda p: p[0], min_size=1, max_size=60)
+PAIR = st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda p: p[0] != p[1])
+
+
+@given(PHOTOS, st.randoms())
 @settings(max_examples=100, deadline=None)
 def test_series_rise_and_do_not_jump(photos, random):
     index = made(photos)
     series = number_series(index)
     for s in np.unique(series):
         own = index[series == s].sort_values("number")
-        assert s == own["number"].min() and (np.diff(own["number"]) <= 200).all() and (np.diff(own["exposure"]) > 0).all()
+        assert s == own["number"].min()
+        assert (np.diff(own["number"]) <= 200).all() and (np.diff(own["exposure"]) > 0).all()
     order = np.random.RandomState(random.randint(0, 999)).permutation(len(index))
     assert (number_series(index.iloc[order]) == series[order]).all()
 
@@ -56,7 +61,7 @@ def test_a_second_first_exposure_opens_a_series():
     assert number_series(made([(10, 1), (20, 2), (30, 1), (40, 3)])).tolist() == [10, 10, 30, 10]
 
 
-# ---- similarity -----------------------------------------------------------------------------------------------------------
+# ---- similarity --------------------------------------------------------------------------------------------------
 
 def surface(seed, shape=(300, 400)):
     rng = np.random.default_rng(seed)
@@ -102,7 +107,7 @@ def test_shared_exposures():
     assert shared_exposures(a.iloc[:1], b) == [(1, 7)]
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda p: p[0] != p[1]), min_size=1, max_size=30))
+@given(st.lists(PAIR, min_size=1, max_size=30))
 def test_connected_groups_partition_and_keep_pairs(pairs):
     groups = connected(pairs)
     of = {n: k for k, g in enumerate(groups) for n in g}
@@ -115,17 +120,19 @@ def test_connected_groups_partition_and_keep_pairs(pairs):
         assert reached[g[0]] == set(g)
 
 
-# ---- the audit ------------------------------------------------------------------------------------------------------------
+# ---- the audit ---------------------------------------------------------------------------------------------------
 
 def test_audit_by_hand():
-    index = pd.DataFrame(dict(tile=[1, 1, 2, 2, 3, 3, 4], **{"class": ["Fray", "Free", "Crack", "Break", "Free", "Free", "Crack"]}))
+    classes = ["Fray", "Free", "Crack", "Break", "Free", "Free", "Crack"]
+    index = pd.DataFrame({"tile": [1, 1, 2, 2, 3, 3, 4], "class": classes})
     audit = audit_labels(index)
     assert audit["tile"].tolist() == [1, 2] and audit["finding"].tolist() == ["partly free", "classes disagree"]
     assert audit.loc[0, ["Fray", "Free", "Crack"]].tolist() == [1, 1, 0]
-    assert suspect_images(index["tile"].to_numpy(), (index["class"] == "Free").to_numpy()).tolist() == [False, True] + [False] * 5
+    suspect = suspect_images(index["tile"].to_numpy(), (index["class"] == "Free").to_numpy())
+    assert suspect.tolist() == [False, True] + [False] * 5
 
 
-# ---- the shipped index ----------------------------------------------------------------------------------------------------
+# ---- the shipped index -------------------------------------------------------------------------------------------
 
 def test_shipped_index_follows_from_the_rules():
     assert (find_tiles(INDEX) == INDEX["tile"]).all()
@@ -134,7 +141,8 @@ def test_shipped_index_follows_from_the_rules():
     assert shipped.equals(audit_labels(INDEX))
 
 
-@pytest.mark.parametrize("together", [(85602, 85998, 88149), (108719, 108889), (853, 797), (346311, 346332, 346347, 346361, 346381, 346414)])
+@pytest.mark.parametrize("together", [
+    (85602, 85998, 88149), (108719, 108889), (853, 797), (346311, 346332, 346347, 346361, 346381, 346414)])
 def test_protocols_examples(together):
     assert INDEX.set_index("number")["tile"][list(together)].nunique() == 1
 

@@ -5,6 +5,7 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "samples": "FREE Samples dataset_table show_samples",
     "masks": "one_hot",
     "splits": "split_samples",
-    "magnetic": "MT_CLASSES fetch_magnetic_tiles find_magnetic_tiles magnetic_tiles verify_magnetic_tiles",
+    "magnetic": "MT_CLASSES DamagedDataset DownloadError fetch_magnetic_tiles find_magnetic_tiles magnetic_tiles "
+                "verify_magnetic_tiles",
     "synthetic": "synthetic_tiles",
 })

@@ -77,8 +77,10 @@ def marks(
     "Faint scratches and stains, a few on each tile."
     shade = np.ones((side, side), np.float32)
     for _ in range(rng.integers(0, 5)):
-        a, b = rng.uniform(0, side, 2), rng.normal(0, 0.15 * side, 2)
-        cv2.line(shade, a.astype(int).tolist(), (a + b).astype(int).tolist(), float(rng.uniform(0.82, 1.18)), 1, cv2.LINE_AA)
+        start = rng.uniform(0, side, 2)
+        end = start + rng.normal(0, 0.15 * side, 2)
+        gray = float(rng.uniform(0.82, 1.18))
+        cv2.line(shade, start.astype(int).tolist(), end.astype(int).tolist(), gray, 1, cv2.LINE_AA)
     for _ in range(rng.integers(0, 4)):
         stain = blob(rng, side, rng.uniform(0.1, 0.9, 2), rng.uniform(0.01, 0.05, 2), 0.4)
         shade *= 1 - rng.uniform(0.05, 0.22) * cv2.GaussianBlur(stain.astype(np.float32), (0, 0), 0.008 * side + 0.5)
@@ -172,10 +174,11 @@ def defect_look(
     level = surface.mean() * rng.choice([rng.uniform(0.6, 0.85), rng.uniform(1.15, 1.4)])
     if kind == "Break":
         return level * (1 + 0.16 * clouds(rng, side, 0.1) + 0.12 * clouds(rng, side, 0.03))
-    if kind == "Fray":
-        return cv2.GaussianBlur(surface, (0, 0), 0.06 * side) * rng.uniform(0.65, 0.85) * (1 + 0.04 * clouds(rng, side, 0.05))
     smooth = cv2.GaussianBlur(surface, (0, 0), 0.06 * side)
-    return smooth * rng.choice([rng.uniform(0.7, 0.88), rng.uniform(1.12, 1.3)]) * (1 + rng.uniform(0.05, 0.2) * streaks(rng, side))
+    if kind == "Fray":
+        return smooth * rng.uniform(0.65, 0.85) * (1 + 0.04 * clouds(rng, side, 0.05))
+    light = rng.choice([rng.uniform(0.7, 0.88), rng.uniform(1.12, 1.3)])
+    return smooth * light * (1 + rng.uniform(0.05, 0.2) * streaks(rng, side))
 
 # %% ../../nbs/14_synthetic.ipynb #00-data-095
 def add_defect(
@@ -194,7 +197,7 @@ def photograph(
     rng: np.random.Generator,  # consumed
     surface: np.ndarray,  # float32 (side, side)
     mask: np.ndarray,  # (side, side)
-    exposure: int,  # 1..6
+    exposure: int,  # 1 (dark) to 6 (bright)
     size: int,  # side of the photograph, at most that of the surface
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 image and mask, (size, size)
     "One photograph of a tile."
@@ -205,23 +208,21 @@ def photograph(
 
 # %% ../../nbs/14_synthetic.ipynb #00-data-100a
 REAL_COUNTS = {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103, FREE: 952}
-
-# %% ../../nbs/14_synthetic.ipynb #00-data-100c
 LEAST_PER_CLASS = 2 * FOLDS
-
-# %% ../../nbs/14_synthetic.ipynb #00-data-100d
 LEAST_SYNTHETIC = LEAST_PER_CLASS * len(REAL_COUNTS)
 
 # %% ../../nbs/14_synthetic.ipynb #00-data-101
 def synthetic_counts(
     n: int,  # images, at least `LEAST_SYNTHETIC`
 ) -> dict[str, int]:  # class -> images, adding up to n
-    "Real class proportions, with at least `LEAST_PER_CLASS` images of each."
+    "Real class proportions, with at least `LEAST_PER_CLASS` images of each. Raises ValueError for a smaller n."
     if n < LEAST_SYNTHETIC:
-        raise ValueError(f"expected n >= {LEAST_SYNTHETIC} ({FOLDS} tiles of each of {len(REAL_COUNTS)} classes, two photographs each), got {n}")
+        raise ValueError(f"expected n >= {LEAST_SYNTHETIC} ({FOLDS} tiles of each of {len(REAL_COUNTS)} classes, "
+                         f"two photographs each), got {n}")
     total = sum(REAL_COUNTS.values())
     counts = {c: max(round(n * REAL_COUNTS[c] / total), LEAST_PER_CLASS) for c in MT_CLASSES}
-    if (free := n - sum(counts.values())) >= LEAST_PER_CLASS:
+    free = n - sum(counts.values())
+    if free >= LEAST_PER_CLASS:
         return counts | {FREE: free}
     return dict.fromkeys(MT_CLASSES, LEAST_PER_CLASS) | {FREE: n - LEAST_PER_CLASS * len(MT_CLASSES)}
 
@@ -251,7 +252,7 @@ def photograph_tile(
 
 # %% ../../nbs/14_synthetic.ipynb #00-data-106
 def synthetic_tiles(
-    n: int = 336,  # images, at least `LEAST_SYNTHETIC` (60); the default is a quarter of the real dataset
+    n: int = 336,  # images, at least 60; the default is a quarter of the real data set
     size: int = 256,  # side of the images, pixels, at least 32
     seed: int = 0,  # the same (n, size, seed) gives the same samples
 ) -> Samples:
@@ -259,9 +260,10 @@ def synthetic_tiles(
     if size < 32:
         raise ValueError(f"expected size >= 32 (smaller defects would vanish), got {size}")
     rng = np.random.default_rng(seed)
-    photos, rows = [], []
-    plan = [(kind, count) for kind, images in synthetic_counts(n).items() for count in exposures_per_tile(images)]
-    for tile, (kind, count) in enumerate(plan):
+    tiles = [(kind, k) for kind, images in synthetic_counts(n).items() for k in exposures_per_tile(images)]
+    photos = []
+    rows = []
+    for tile, (kind, count) in enumerate(tiles):
         for image, mask, exposure in photograph_tile(rng, kind, count, size):
             photos.append((image, mask))
             rows.append((f"synthetic_{tile}_exp{exposure}", kind, tile, exposure, size, size, True))
