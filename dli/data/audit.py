@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/16_audit.ipynb #77562591
+# %% ../../nbs/16_audit.ipynb #63ac7768
 from pathlib import Path
 
 import numpy as np

@@ -305,7 +305,8 @@ def fetch_into(
         install_archive(archive, folder)
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
         arrived = archive.exists() or archive.with_name(archive.name + ".part").exists()
-        raise (BrokenDownload if arrived else DownloadError)(download_advice(error, folder)) from error
+        kind = BrokenDownload if arrived else DownloadError
+        raise kind(download_advice(error, folder)) from error
     finally:
         archive.unlink(missing_ok=True)
 

@@ -109,7 +109,7 @@ def as_parts(
     if parts.dtype.kind in "iu" and isinstance(parts.dtype, np.dtype):
         return parts
     values = [int(v) if isinstance(v, (float, np.floating)) and np.isfinite(v) and v == int(v) else v for v in parts]
-    wrong = [isinstance(v, (bool, np.bool_)) or not isinstance(v, (int, np.integer, str)) for v in values]
+    wrong = [not is_whole(v) and not isinstance(v, str) for v in values]
     if any(wrong):
         raise ValueError(f"table: expected a part (column tile) that is text or a whole number, got "
                          f"{listed(values, wrong)} for {listed(names, wrong)}")
