@@ -1017,7 +1017,7 @@ def test_fractions_are_nested_and_leave_validation_alone(awkward, split, fold, p
     part = lambda fraction: split_samples(awkward, split, fold, partition, fraction, keep_empty=keep_empty)
     (small, val), (large, same) = map(part, sorted(fractions))
     assert names(small) <= names(large) and names(val) == names(same)
-    whole = split(1.0)[0].table
+    whole = part(1.0)[0].table
     if split == "tile":
         kept = whole[whole["tile"].isin(small.table["tile"])]
         assert set(kept["name"]) == names(small)
