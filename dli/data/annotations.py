@@ -245,6 +245,7 @@ def labelme_mask(shape: dict, size: tuple[int, int]) -> np.ndarray:
     part |= picture[:part.shape[0], :part.shape[1]]
     return region
 
+# %% ../../nbs/17_annotations.ipynb #42bc85e7
 def labelme_region(
     shape: dict,  # of a LabelMe file
     size: tuple[int, int],  # height, width
@@ -368,6 +369,7 @@ def drawn_outline(
     "A region so thin that it holds no centre of a pixel: its outline, so that the defect is not lost."
     return np.any([fill(np.reshape(p, (-1, 2)), size) for p in polygons], axis=0)
 
+# %% ../../nbs/17_annotations.ipynb #6c681143
 def coco_region(
     annotation: dict,  # of a COCO file
     size: tuple[int, int],  # height, width

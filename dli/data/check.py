@@ -104,6 +104,7 @@ def judge_classes(
         found.problems.append(Note("clean", "clean", "images are missing: there is nothing to inject into. Windows of "
                                                      "photographs are often clean: try crop instead of size"))
 
+# %% ../../nbs/19_check.ipynb #0b53892d
 def judge_split(
     data: DataFile,
     names: Sequence[str],  # of photographs
@@ -129,6 +130,7 @@ def judge_split(
     if crossing:
         found.notes.append(Note("split", "leak", f"puts {crossing} copies of a photograph on the other side"))
 
+# %% ../../nbs/19_check.ipynb #e3f93096
 def read_parts_file(path: Path) -> pd.DataFrame:
     "A table of names and sides. Raises ValueError."
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -265,6 +267,7 @@ def outlined(
         cv2.drawContours(picture, lines, -1, COLOURS[(int(value) - 1) % len(COLOURS)], 1)
     return cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
 
+# %% ../../nbs/19_check.ipynb #a45a5d1e
 def take_pictures(
     rows: Sequence[dict],  # of `measure`
     pair,  # row number -> image, mask
@@ -317,6 +320,7 @@ def parts_of(data: DataFile, names: Sequence[str], found: Found) -> list[str]:
     found.notes += [Note("parts", "part", str(w.message)) for w in heard]
     return parts
 
+# %% ../../nbs/19_check.ipynb #4b4038cc
 def make_report(data, found, entries, rows, thumbnails, span, split, pictures) -> FolderCheck:
     "Put what was measured together."
     names = [r["name"] for r in rows]
