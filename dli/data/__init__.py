@@ -8,4 +8,6 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "magnetic": "MT_CLASSES DamagedDataset DownloadError fetch_magnetic_tiles find_magnetic_tiles magnetic_tiles "
                 "verify_magnetic_tiles",
     "synthetic": "synthetic_tiles",
+    "folders": "LAYOUTS DataFile read_data_file read_folder",
+    "check": "FolderCheck check_folder",
 })

@@ -1,0 +1,478 @@
+"""Other people's folders: every layout, damage file by file, readers fed with anything."""
+import base64
+import io
+import json
+import os
+import random
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from dli.data.annotations import BadFile, index_mask, read_labelme, read_levels, read_values, read_yolo
+from dli.data.check import check_folder
+from dli.data.folders import DataFile, find_entries, make_data_file, read_data_file, read_folder
+from dli.data.synthetic import synthetic_tiles
+
+LAYOUTS_HERE = Path(__file__).resolve().parent.parent.parent / "shared/own-data/layouts"
+BALL_SCREWS = LAYOUTS_HERE.parent / "bsdata"
+CLASSES = ["Blowhole", "Break", "Crack", "Fray", "Uneven"]
+PART = r"synthetic_(\d+)_"
+STORED = {
+    "palette": dict(layout="index", annotations="palette_masks", classes=CLASSES, part="part"),
+    "colour": dict(layout="colour", annotations="colour_masks", part="part"),
+    "per-class": dict(layout="per-class", annotations="masks_per_class", clean="all", part="part"),
+    "mvtec": dict(layout="mvtec", root="mvtec", part=PART),
+    "folder-per-class": dict(layout="folder-per-class", root="folder_per_class", part=PART),
+    "labelme": dict(layout="labelme", annotations="labelme", clean="all", part="part"),
+    "yolo": dict(layout="yolo", annotations="yolo/labels", clean="all", part="part"),
+    "16 bit": dict(layout="index", images="images_16bit", annotations="index_masks", classes=CLASSES, part="part"),
+}
+
+
+def stored(**content):
+    if not LAYOUTS_HERE.is_dir():
+        pytest.skip("the folders of layouts are not here")
+    return make_data_file(content, LAYOUTS_HERE)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    data = stored(layout="index", annotations="index_masks", classes=CLASSES, part="part")
+    return read_folder(data)
+
+
+def aligned(samples, reference):
+    "Images, masks in the reference's numbers, parts and classes, in the reference's order."
+    names = [n.split("/")[-1] for n in samples.table["name"]]
+    order = [names.index(n) for n in reference.table["name"]]
+    numbers = np.array([0] + [reference.classes.index(c) + 1 for c in samples.classes])
+    table = samples.table.iloc[order]
+    return samples.images[order], numbers[samples.masks[order]], list(table["tile"]), list(table["class"])
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_layout_is_read_to_the_same_samples(name, reference):
+    images, masks, parts, classes = aligned(read_folder(stored(**STORED[name])), reference)
+    assert (masks == reference.masks).all()
+    assert parts == list(reference.table["tile"]) and classes == list(reference.table["class"])
+    assert (images == reference.images).all()
+
+
+def test_coco_is_filled_as_its_own_tools_do(reference):
+    pytest.importorskip("pycocotools")
+    from pycocotools import mask as tools
+
+    images, masks, parts, classes = aligned(read_folder(stored(layout="coco", annotations="coco.json", clean="all",
+                                                               part="part")), reference)
+    content = json.loads((LAYOUTS_HERE / "coco.json").read_text())
+    names = {row["id"]: Path(row["file_name"]).stem for row in content["images"]}
+    order = reference.table["name"].tolist()
+    for annotation in content["annotations"]:
+        i, outline = order.index(names[annotation["image_id"]]), annotation["segmentation"]
+        if isinstance(outline, dict):
+            assert ((masks[i] > 0) == (reference.masks[i] > 0)).all(), "runs are exact"
+        else:
+            theirs = tools.decode(tools.merge(tools.frPyObjects(outline, *masks[i].shape))) > 0
+            if theirs.any():
+                assert ((masks[i] > 0) == theirs).all()
+    assert parts == list(reference.table["tile"]) and classes == list(reference.table["class"])
+    assert (masks != reference.masks).sum() < 0.05 * (reference.masks > 0).sum(), "a rim of pixels"
+    assert (images == reference.images).all()
+
+
+def test_mixed_sizes_are_refused_resized_or_cut():
+    content = dict(layout="index", root="mixed_sizes", classes=CLASSES, part=PART)
+    with pytest.raises(ValueError, match="different sizes"):
+        read_folder(stored(**content))
+    assert read_folder(stored(**content, size=96)).images.shape == (36, 96, 96)
+    padded = read_folder(stored(**content, size=[80, 160], pad=True))
+    assert padded.images.shape == (36, 80, 160)
+    windows = read_folder(stored(**content, crop=64))
+    assert windows.images.shape[1:] == (64, 64) and windows.table["tile"].nunique() == padded.table["tile"].nunique()
+
+
+def test_small_defects_of_a_large_photograph_survive_as_windows():
+    data = stored(layout="index", root="large", classes=["a", "b"], part="(.+)", crop=512)
+    samples = read_folder(data)
+    truth = read_values(LAYOUTS_HERE / "large/masks/plate.png")
+    assert samples.clean.any() and (~samples.clean).any()
+    seen = sorted(set(np.unique(samples.masks)) - {0})
+    assert seen == sorted(set(np.unique(truth)) - {0}) == [1, 2]
+    with pytest.warns(UserWarning, match="lost"):
+        read_folder(replace(data, crop=None, size=(64, 96)))
+
+
+def test_ball_screws_and_the_leak_of_their_own_split(tmp_path):
+    if not BALL_SCREWS.is_dir():
+        pytest.skip("the ball screws are not here")
+    data = make_data_file(dict(layout="labelme", images="data", annotations="label", clean="all", size=[128, 320],
+                               part=r"^(?:\d+_\d+_(\d+_\d+)|(KGT.+?))_crop"), BALL_SCREWS)
+    samples = read_folder(data)
+    assert len(samples) == 32 and samples.classes == ("Pitting",) and samples.clean.sum() == 12
+    rows = json.loads((BALL_SCREWS / "image_data.json").read_text())["images"]
+    pd.DataFrame([(r["filename"], r["train_test_split"]) for r in rows], columns=["name", "split"]).to_csv(
+        tmp_path / "split.csv", index=False)
+    check = check_folder(data, tmp_path / "split.csv", pictures=True)
+    assert check.ok and any(n.kind == "leak" and "5 parts" in n.text for n in check.notes)
+    assert "<img" in check.to_html() and "http" not in check.to_html()
+
+
+# A small folder of one's own, and damage to it
+
+TILES = synthetic_tiles(n=60, size=32, seed=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for kind, arrays in (("images", TILES.images), ("masks", TILES.masks)):
+        (tmp_path / kind).mkdir()
+        for name, array in zip(TILES.table["name"], arrays):
+            Image.fromarray(array).save(tmp_path / kind / f"{name}.png")
+    content = dict(layout="index", classes=list(TILES.classes), part=PART)
+    (tmp_path / "parts.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+def first(kind, folder, n=0):
+    return folder / kind / f"{TILES.table['name'][n]}.png"
+
+
+def state(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def turned_exif():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def store(folder, kind, array, n=0):
+    Image.fromarray(array).save(first(kind, folder, n))
+
+
+def drop(folder, which):
+    "Take photographs and their masks away."
+    for n in np.flatnonzero(which):
+        for kind in ("images", "masks"):
+            first(kind, folder, n).unlink()
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def as_jpeg(path):
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+
+
+def both(folder, change):
+    "Do the same to the first photograph and its mask."
+    for kind in ("images", "masks"):
+        change(first(kind, folder))
+
+
+def without_class(folder, k):
+    for n, mask in enumerate(TILES.masks):
+        store(folder, "masks", np.where(mask == k, 0, mask).astype(np.uint8), n)
+
+
+def copy_as(name):
+    return lambda path: shutil.copy(path, path.with_name(name))
+
+
+def enlarge_as(name):
+    return lambda path: Image.open(path).resize((64, 64), Image.NEAREST).save(path.with_name(name))
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_broken_link(path):
+    path.unlink()
+    os.symlink(path.with_name("nowhere.png"), path)
+
+
+def add_line(folder, line):
+    with open(folder / "parts.yaml", "a") as file:
+        file.write(f"\n{line}\n")
+
+
+def split_through_parts(folder):
+    table = pd.DataFrame({"name": TILES.table["name"], "split": ["train", "test"] * 30})
+    table.to_csv(folder / "parts.csv", index=False)
+
+
+LATER_FRAY = (TILES.label == 4) & (np.arange(60) != np.argmax(TILES.label == 4))
+COLOURED = np.random.default_rng(0).integers(0, 9, (32, 32, 3), np.uint8)
+SECOND_MASK = f"{TILES.table['name'][0]}_mask.png"
+DAMAGE = {  # what is done to the folder, and the kind of finding that it must give
+    "half a photograph": (lambda f: cut_short(first("images", f)), "file"),
+    "an empty photograph": (lambda f: first("images", f).write_bytes(b""), "file"),
+    "text as a photograph": (lambda f: first("images", f).write_text("hello"), "file"),
+    "half a mask": (lambda f: cut_short(first("masks", f)), "file"),
+    "an empty mask": (lambda f: first("masks", f).write_bytes(b""), "file"),
+    "a mask too few": (lambda f: first("masks", f).unlink(), "mask"),
+    "a mask too many": (lambda f: copy_as("other.png")(first("masks", f)), "alone"),
+    "a photograph too many": (lambda f: copy_as("synthetic_900_x.png")(first("images", f)), "mask"),
+    "two masks": (lambda f: copy_as(SECOND_MASK)(first("masks", f)), "masks"),
+    "two photographs of one name": (lambda f: Image.open(p := first("images", f)).save(p.with_suffix(".bmp")), "twice"),
+    "a mask of another size": (lambda f: store(f, "masks", TILES.masks[0][:16]), "file"),
+    "a photograph of another size": (lambda f: store(f, "images", TILES.images[0][:16]), "file"),
+    "another size of both": (lambda f: both(f, lambda p: Image.open(p).crop((0, 0, 32, 16)).save(p)), "size"),
+    "a value beyond the classes": (lambda f: store(f, "masks", TILES.masks[0] + 9), "file"),
+    "black and white for many classes": (lambda f: store(f, "masks", (TILES.masks[0] == 0) * np.uint8(255)), "file"),
+    "a mask in colours": (lambda f: store(f, "masks", COLOURED), "file"),
+    "a mask as JPEG": (lambda f: as_jpeg(first("masks", f)), "file"),
+    "a mask of sixteen bits": (lambda f: store(f, "masks", TILES.masks[0].astype(np.uint16) * 300 + 300), "file"),
+    "a class that no mask shows": (lambda f: without_class(f, 3), "class"),
+    "nothing clean": (lambda f: drop(f, TILES.clean), "clean"),
+    "a name without a part": (lambda f: both(f, lambda p: p.rename(p.with_name("unnamed.png"))), "part"),
+    "a class of one part": (lambda f: drop(f, LATER_FRAY), "parts"),
+    "the same photograph as another part": (lambda f: both(f, copy_as("synthetic_901_x.png")), "copy"),
+    "a copy made larger": (lambda f: both(f, enlarge_as("synthetic_902_x.png")), "copy"),
+    "sixteen bits among eight": (lambda f: store(f, "images", TILES.images[0].astype(np.uint16) * 256), "bits"),
+    "a split through parts": (split_through_parts, "leak"),
+    "a photograph that is a folder": (lambda f: replace_by_folder(first("images", f)), "alone"),
+    "a broken link": (lambda f: replace_by_broken_link(first("images", f)), "alone"),
+    "a mask of another name": (lambda f: first("masks", f).rename(f / "masks/synthetic_903_x.png"), "alone"),
+    "a defect lost when made smaller": (lambda f: add_line(f, "size: 8"), "lost"),
+    "no part": (lambda f: (f / "parts.yaml").write_text(f"layout: index\nclasses: {list(TILES.classes)}"), "part"),
+}
+STOPS = ("file", "mask", "alone", "masks", "twice")  # kinds that reading refuses, too
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_nothing_is_written(folder, name):
+    assert check_folder(folder).ok
+    damage, kind = DAMAGE[name]
+    damage(folder)
+    before = state(folder)
+    check = check_folder(folder, pictures=True)
+    found = {n.kind for n in check.problems + check.notes}
+    assert kind in found, str(check)
+    assert state(folder) == before
+    assert json.loads(check.to_json())["ok"] == check.ok and check.to_html() and str(check)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, kind) in DAMAGE.items() if kind in STOPS])
+def test_reading_refuses_what_the_check_calls_a_problem(folder, name):
+    DAMAGE[name][0](folder)
+    with pytest.raises(ValueError) as info:
+        read_folder(folder)
+    assert len(str(info.value)) > 20
+
+
+def test_other_files_are_left_alone(folder):
+    (folder / "images/notes.txt").write_text("x")
+    (folder / "images/.hidden.png").write_bytes(b"x")
+    (folder / "images/__MACOSX").mkdir()
+    (folder / "images/__MACOSX/a.png").write_bytes(b"x")
+    (folder / "images/Thumbs.db").write_bytes(b"x")
+    assert len(read_folder(folder)) == len(TILES)
+
+
+@pytest.mark.parametrize("ending", ["_mask", "_GT", "_label", "_seg"])
+def test_masks_are_known_by_their_ending(folder, ending):
+    for path in list((folder / "masks").iterdir()):
+        path.rename(path.with_name(path.stem + ending + ".PNG"))
+    samples = read_folder(folder)
+    order = [samples.table["name"].tolist().index(n) for n in TILES.table["name"]]
+    assert (samples.masks[order] == TILES.masks).all()
+
+
+def test_masks_beside_their_photographs(folder):
+    for path in list((folder / "masks").iterdir()):
+        path.rename(folder / "images" / f"{path.stem}_mask.png")
+    (folder / "masks").rmdir()
+    samples = read_folder(replace(read_data_file(folder), annotations="images"))
+    assert len(samples) == len(TILES)
+
+
+def test_names_in_either_unicode_form(folder):
+    first("images", folder).rename(folder / "images/synthetic_0_o\u0308l.png")
+    first("masks", folder).rename(folder / "masks/synthetic_0_\u00f6l.png")
+    assert "synthetic_0_\u00f6l" in read_folder(folder).table["name"].tolist()
+
+
+def test_the_fingerprint_follows_bytes_and_choices_not_the_place(folder, tmp_path_factory):
+    usual = read_folder(folder).source
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(folder, elsewhere)
+    assert read_folder(elsewhere).source == usual
+    assert read_folder(replace(read_data_file(folder), size=(24, 24))).source != usual
+    image = TILES.images[0].copy()
+    image[0, 0] ^= 1
+    Image.fromarray(image).save(first("images", elsewhere))
+    assert read_folder(elsewhere).source != usual
+
+
+def test_orientation_turns_photograph_and_mask(folder):
+    exif = turned_exif()
+    upright_image = np.arange(32 * 24, dtype=np.uint8).reshape(24, 32)
+    upright_mask = np.zeros((24, 32), np.uint8)
+    upright_mask[3:9, 20:30] = 1
+    for mask in (upright_mask, np.rot90(upright_mask)):
+        Image.fromarray(np.ascontiguousarray(np.rot90(upright_image))).save(first("images", folder), exif=exif)
+        Image.fromarray(np.ascontiguousarray(mask)).save(first("masks", folder))
+        samples = read_folder(replace(read_data_file(folder), crop=(24, 24)))
+        own = samples.table["name"].str.startswith(TILES.table["name"][0] + "_y")
+        assert (samples.masks[own].max(0)[3:9, 20:24] == 1).all()
+
+
+@pytest.mark.parametrize("path", ["a.png", "..\\images\\a.png", "C:\\Users\\me\\a.png", "/home/me/a.png",
+                                  "..%2Fimages%2Fa.png", ""])
+def test_labelme_paths_of_other_machines(tmp_path, path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(TILES.images[0]).save(tmp_path / "images/a.png")
+    shape = dict(label="pit", points=[[3, 3], [9, 3], [9, 9]], shape_type="polygon")
+    content = dict(shapes=[shape], imagePath=path, imageHeight=32, imageWidth=32)
+    (tmp_path / "labels/a.json").write_text(json.dumps(content))
+    samples = read_folder(DataFile(tmp_path, "labelme", part="(.+)"))
+    assert samples.classes == ("pit",) and samples.masks.any()
+
+
+def test_labelme_mask_shapes(tmp_path):
+    picture = io.BytesIO()
+    Image.fromarray(np.full((3, 4), 255, np.uint8)).save(picture, "PNG")
+    stored_picture = base64.b64encode(picture.getvalue()).decode()
+    shape = dict(label="pit", points=[[5, 6], [8, 8]], shape_type="mask", mask=stored_picture)
+    (tmp_path / "a.json").write_text(json.dumps(dict(shapes=[shape])))
+    mask = read_labelme(tmp_path / "a.json", (20, 20), 1, ("pit",), [])
+    assert mask.sum() == 12 and mask[6:9, 5:9].all()
+
+
+@pytest.mark.parametrize("size, points, right", [
+    ((20, 30), [[25, 5]], True), ((30, 20), [[25, 5]], True), ((30, 20), [[5, 25]], False),
+    ((40, 60), [[25, 5]], False)])
+def test_the_annotations_own_size_decides(tmp_path, size, points, right):
+    shape = dict(label="pit", points=points, shape_type="point")
+    (tmp_path / "a.json").write_text(json.dumps(dict(shapes=[shape], imageHeight=size[0], imageWidth=size[1])))
+    if right:
+        assert read_labelme(tmp_path / "a.json", (20, 30), 1, ("pit",), [])[5, 25]
+    else:
+        with pytest.raises(BadFile, match="a.json"):
+            read_labelme(tmp_path / "a.json", (20, 30), 1, ("pit",), [])
+
+
+COCO = dict(images=[dict(id=7, file_name="sub/a.png", height=32, width=32)],
+            categories=[dict(id=90, name="pit"), dict(id=5, name="dent")])
+SQUARE = [4, 4, 12, 4, 12, 12, 4, 12]
+
+
+@pytest.mark.parametrize("segmentation, message", [
+    ([SQUARE], None), ([SQUARE, [1, 1, 2, 2]], None), ([[1, 1, 5, 5]], "outline"), ([], "outline"), (None, "outline"),
+    (dict(size=[32, 32], counts=[100, 50, 874]), None), (dict(size=[9, 9], counts=[81]), "runs"), ("x", "outline"),
+    ([["a"] * 6], "drawn")])
+def test_coco_outlines(tmp_path, segmentation, message):
+    pytest.importorskip("pycocotools")
+    (tmp_path / "images").mkdir()
+    Image.fromarray(TILES.images[0]).save(tmp_path / "images/a.png")
+    annotation = dict(id=1, image_id=7, category_id=90, bbox=[1, 1, 5, 5], segmentation=segmentation)
+    (tmp_path / "coco.json").write_text(json.dumps(COCO | dict(annotations=[annotation])))
+    data = DataFile(tmp_path, "coco", part="(.+)")
+    if message is None:
+        samples = read_folder(data)
+        assert samples.classes == ("dent", "pit") and set(np.unique(samples.masks)) == {0, 2}
+    else:
+        with pytest.raises(ValueError, match=message):
+            read_folder(data)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("layout: tiff", "layout"),
+    ("classes: [a]", "layout is missing"),
+    ("layout: index", "classes is missing"),
+    ("just text", "expected lines"),
+    ("layout: index\nsize: 1", "size"),
+    ("layout: index\nsize: [1, 2, 3]", "size"),
+    ("layout: index\nsize: 64\ncrop: 64", "choose one"),
+    ("layout: index\nchannels: 2", "channels"),
+    ("layout: index\nscale: 0", "scale"),
+    ("layout: index\npart: '('", "no pattern"),
+    ("layout: index\npart: 'a b'", "group"),
+    ("layout: index\nclean: maybe", "clean"),
+    ("layout: index\nsizes: 4", "unknown key"),
+    ("layout: index\nroot: nowhere", "no folder"),
+    ("layout: index\nclasses: pit", "classes"),
+    ("a: [", "YAML"),
+    ("layout: index\nclasses: [pit]\nimages: elsewhere", "elsewhere"),
+    ("layout: index\nclasses: [pit]\npad: 3", "pad"),
+])
+def test_a_data_file_is_refused_in_a_sentence(folder, content, message):
+    (folder / "parts.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        find_entries(read_data_file(folder))
+
+
+def test_no_part_is_said_loudly(folder):
+    with pytest.warns(UserWarning, match="part of its own"):
+        read_folder(replace(read_data_file(folder), part=""))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=400), st.sampled_from([".png", ".jpg", ".bmp", ".tif", ".json", ".txt"]))
+def test_readers_refuse_anything_else_by_name(tmp_path_factory, content, suffix):
+    path = tmp_path_factory.mktemp("any") / f"file{suffix}"
+    path.write_bytes(content)
+    readers = [lambda: read_levels(path), lambda: index_mask(path, ("a",), None, []),
+               lambda: read_labelme(path, (9, 9), 1, ("a",), []), lambda: read_yolo(path, (9, 9), ("a",), [])]
+    for read in readers:
+        try:
+            read()
+        except BadFile as e:
+            assert "file" in str(e)
+
+
+VALUES = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
+KEYS = st.sampled_from(["points", "label", "shape_type", "mask", "x"])
+JSON = st.recursive(VALUES, lambda x: st.lists(x, max_size=4) | st.dictionaries(KEYS, x, max_size=4), max_leaves=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(JSON, JSON, st.sampled_from(["polygon", "rectangle", "circle", "line", "mask", "point", None, "cube"]))
+def test_labelme_files_of_any_content(tmp_path_factory, points, label, kind):
+    path = tmp_path_factory.mktemp("any") / "file.json"
+    shape = dict(label=label, points=points, shape_type=kind, mask="AAAA")
+    path.write_text(json.dumps(dict(shapes=[shape], imageHeight=9, imageWidth=9)))
+    try:
+        mask = read_labelme(path, (9, 9), 1, (str(label),), [])
+    except BadFile as e:
+        assert "file.json" in str(e)
+    else:
+        assert mask.shape == (9, 9) and mask.any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.floats(-2, 3) | st.integers(0, 3) | st.text(max_size=3), max_size=10), max_size=3))
+def test_yolo_files_of_any_content(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("any") / "file.txt"
+    path.write_text("\n".join(" ".join(map(str, line)) for line in lines))
+    try:
+        read_yolo(path, (9, 9), ("a", "b"), [])
+    except BadFile as e:
+        assert "file.txt" in str(e)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from([f for f in DataFile.__dataclass_fields__] + ["other"]), JSON, max_size=5))
+def test_data_files_of_any_content(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        made = make_data_file(content, folder)
+    except ValueError:
+        return
+    assert isinstance(made, DataFile)
