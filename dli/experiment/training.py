@@ -34,7 +34,7 @@ def fitted_scores(
     found = scores(evaluate(state.model, train[~train.clean], state.dtype, state.dataset), train.classes)
     return {f"train_{k}": v for k, v in found.items() if k.startswith("iou_") and not k.startswith("iou_of_images")}
 
-# %% ../../nbs/57_training.ipynb #b9f6c65e
+# %% ../../nbs/57_training.ipynb #d3b931a2
 def make_row(
     state: TrainingState,  # finished
     train: Samples,  # the training part
