@@ -17,7 +17,7 @@ from dli.data.samples import Samples, dataset_table, show_samples
 from dli.method.plan import InjectionPlan
 from dli.network.losses import LOSSES
 from dli.experiment.config import RunConfig
-from dli.experiment.evaluation import evaluate, pack_regions, plot_predictions, with_patches
+from dli.experiment.evaluation import plot_predictions, predict_samples, with_patches
 from dli.experiment.steps import run_loss
 from dli.experiment.state import fit
 from dli.experiment.training import make_row
@@ -121,10 +121,11 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     assert dli.score(tmp_path, samples=samples)["iou_macro"] == 1
     model.eval()
-    found, regions = evaluate(model, samples), np.unpackbits(pack_regions(model, samples), axis=-1)
+    found, packed = predict_samples(model, samples)
+    regions = np.unpackbits(packed, axis=-1)
     assert (regions[..., :shape[1]].sum((2, 3)) == found.filter(like="tp_").to_numpy() + found.filter(like="fp_").to_numpy()).all()
     curve = pd.DataFrame([dict(step=step, loss=1.0, **dli.scores(found, classes)) for step in (1, 2)])
-    for figure in (plot_curve(curve, classes), plot_predictions(model, samples, found)):
+    for figure in (plot_curve(curve, classes), plot_predictions(samples, found, packed)):
         figure.canvas.draw()
         plt.close(figure)
 
@@ -210,7 +211,7 @@ def test_a_run_on_samples_with_ignored_pixels(method):
     assert done.counts["pixels"].tolist() == (val.masks != 255).sum((1, 2)).tolist()
     assert done.inject is None or done.inject.ignore_index == 255
     known = val.masks != 255
-    regions = np.unpackbits(pack_regions(done.model, val, done.dtype), axis=-1).astype(bool)
+    regions = np.unpackbits(done.regions, axis=-1).astype(bool)
     assert not (regions & ~known[:, None]).any()
     predicted = done.counts.filter(like="tp_").to_numpy() + done.counts.filter(like="fp_").to_numpy()
     assert (regions.sum((2, 3)) == predicted).all()
@@ -218,6 +219,6 @@ def test_a_run_on_samples_with_ignored_pixels(method):
     assert make_row(done, train, val)["source"] == "own"
     patched = with_patches(train, val, 0, 1.0)
     assert np.array_equal(patched.masks, val.masks[val.clean]) and patched.ignore_index == 255
-    figure = plot_predictions(done.model, val, done.counts)
+    figure = plot_predictions(val, done.counts, done.regions)
     figure.canvas.draw()
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Training: every method trains and leaves a row that can be recomputed; configs are checked; seeds repeat; killed runs end as if they had not been."""
+"""Training: every method leaves a row that can be recomputed; seeds repeat; killed runs end as if they had not been."""
 import copy
 import itertools
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,34 +17,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
-from dli import files
-from dli.files import locked, write_whole
-from dli.network.speed import FoldedBlock, default_device, memory_format, network_dtype
-from dli.scoring.metrics import scores
-from dli.experiment.config import (METHODS, PRESETS, RECIPE, RunConfig, evaluation_steps, learning_rate,
-                                   notebook_config, resolve, run_key, run_model)
-from dli.experiment.store import run_folder
-from dli.experiment.batches import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, run_injection,
-                                    run_samples, shuffled)
-from dli.experiment.evaluation import save_pictures
-from dli.experiment.steps import GraphStep, loss_of_batch, run_loss, train_step
-from dli.experiment.state import CHECKPOINTS, CHECKPOINT_SECONDS, advance, begin, fit, resume
-from dli.experiment.training import load_model, run
 from conftest import patch
+from dli import files
+from dli.experiment.batches import batches, run_samples
+from dli.experiment.config import METHODS, RECIPE, RunConfig, resolve, run_key
+from dli.experiment.datasets import MAGNETIC_TILES
+from dli.experiment.evaluation import predict_samples, save_pictures
+from dli.experiment.state import CHECKPOINTS, advance, begin, fit, resume
+from dli.experiment.steps import GraphBody, GraphStep, loss_of_batch, run_loss, run_model, train_step
+from dli.experiment.store import ROW, complete_row, run_folder
+from dli.experiment.training import load_model, run
+from dli.files import locked, write_whole
+from dli.scoring.metrics import scores
 
 
 def config(**kwargs):
     return resolve(RunConfig(**dict(preset="smoke", dataset="synthetic", weights=None) | kwargs))
 
 
-save_pictures = save_pictures
-
-
-def no_pictures(done, val, folder):
+def no_pictures(state, val, folder):
     pass
 
 
@@ -62,7 +54,8 @@ def test_every_method_leaves_a_row(method, tmp_path):
     stored = json.loads((run_folder(c) / "row.json").read_text())
     assert stored == row and row["method"] == method and row["key"] == run_key(c)
     counts = pd.read_csv(run_folder(c) / "counts.csv")
-    classes = [k.removeprefix("train_iou_") for k in row if k.startswith("train_iou_") and k[10:] not in ("macro", "micro")]
+    trained = [k.removeprefix("train_iou_") for k in row if k.startswith("train_iou_")]
+    classes = [name for name in trained if name not in ("macro", "micro")]
     assert len(counts) == row["val_images"] and len(classes) == 5
     assert scores(counts, classes)["iou_macro"] == row["iou_macro"]
     injected = sum(v for k, v in row.items() if k.startswith("injected_"))
@@ -74,7 +67,8 @@ def test_a_picture_that_fails_costs_no_row(tmp_path, monkeypatch):
     patch(monkeypatch, "save_pictures", save_pictures)
     with pytest.warns(UserWarning, match="curve.png is not drawn: ZeroDivisionError"):
         row = run(config(out=str(tmp_path)), progress=False)
-    assert row["iou_macro"] is not None and (run_folder(config(out=str(tmp_path))) / "predictions.png").exists() and not plt.get_fignums()
+    assert row["iou_macro"] is not None and not plt.get_fignums()
+    assert (run_folder(config(out=str(tmp_path))) / "predictions.png").exists()
 
 
 def test_pictures_are_left(tmp_path):
@@ -82,7 +76,9 @@ def test_pictures_are_left(tmp_path):
     run(c, progress=False)
     pictures = [plt.imread(run_folder(c) / name) for name in ("curve.png", "predictions.png")]
     assert all(p.std() > 0.05 and min(p.shape[:2]) > 200 for p in pictures) and not plt.get_fignums()
-    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "counts.csv", "curve.csv", "curve.png", "model.safetensors", "predictions.png", "regions.npz", "row.json"}
+    assert {p.name for p in run_folder(c).iterdir()} == {"config.json", "counts.csv", "curve.csv", "curve.png",
+                                                         "model.safetensors", "predictions.png", "regions.npz",
+                                                         "row.json"}
 
 
 def test_a_finished_run_is_read_not_repeated(tmp_path, monkeypatch):
@@ -103,159 +99,17 @@ def test_weights_come_back_from_the_file(tmp_path):
     assert all(torch.equal(v, again[k]) for k, v in done.model.state_dict().items())
 
 
-def test_methods_of_one_seed_see_the_same_photographs():
-    c = [config(method=m) for m in ("baseline", "wce", "dli")]
-    train, _ = run_samples(c[0])
-    streams = [batches(x, train, run_injection(x, train), torch.device("cpu")) for x in c]
-    for _ in range(5):
-        (a, ma), (b, mb), (d, md) = map(next, streams)
-        assert torch.equal(a, b) and torch.equal(ma, mb)
-        defective = (ma > 0).flatten(1).any(1)
-        assert torch.equal(a[defective], d[defective]) and torch.equal(ma[defective], md[defective])
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
-def test_shuffled_epochs_show_each_image_at_most_once(n, size, seed, epoch):
-    if size > n:
-        with pytest.raises(ValueError, match="larger than the"):
-            shuffled(n, size, seed, 0)
-        return
-    steps = range(epoch * (n // size), (epoch + 1) * (n // size))
-    shown = torch.cat([shuffled(n, size, seed, step) for step in steps])
-    assert len(shown.unique()) == len(shown) == n // size * size and shown.max() < n
-
-
-def test_chance_is_independent_of_seed_purpose_and_step():
-    drawn = {(seed, what, step): torch.rand(4, generator=chance(seed, what, step)).tolist()
-             for seed in (0, 1, 2**20) for what in DRAWN for step in (0, 1, 10**6)}
-    assert len({tuple(v) for v in drawn.values()}) == 9 * len(DRAWN)
-    assert drawn[1, "flips", 1] == torch.rand(4, generator=chance(1, "flips", 1)).tolist()
-
-
-def test_balanced_draws_have_dlis_clean_share():
-    labels = np.repeat([0, 1, 3], [300, 40, 10])
-    share, weight = clean_share_after_dli(labels, 16), draw_weights(labels, 16, "balanced").numpy()
-    drawn = np.bincount(labels, weight, minlength=4)
-    np.testing.assert_allclose(drawn, [share, (1 - share) / 2, 0, (1 - share) / 2])
-    assert len(np.unique(weight[labels == 1])) == 1
-    assert 0 < share < 300 / 350  # some clean images are filled, others stay
-
-
-@pytest.mark.parametrize("wrong,message", [
-    (dict(method="dly"), "choose one of baseline, focal"),
-    (dict(preset="fast"), "choose one of smoke, quick, study, paper"),
-    (dict(split="tiles"), "choose one of tile, image"),
-    (dict(dataset="mvtec"), "magnetic-tiles"),
-    (dict(fraction=0), "expected a number"),
-    (dict(fraction=1.5), "expected a number"),
-    (dict(steps=2.5), "whole number"),
-    (dict(steps=0), "expected a number"),
-    (dict(lr=float("nan")), "expected a number"),
-    (dict(seed="0"), "expected a number"),
-    (dict(batch_size=1), "expected a number"),
-    (dict(image_size=100), "multiple of 8"),
-    (dict(method="wce", p_poisson=0.5), "injects nothing"),
-    (dict(method="dli-all", fill="uniform"), "means fill='all'"),
-    (dict(p_poisson=1.1), "expected a number"),
-    (dict(fold=5), "from 0 to 4"),
-    (dict(partition=-1), "expected a number"),
-    (dict(method="sampler", draw="share"), "means draw='balanced'"),
-    (dict(loss="wce"), "means loss='baseline'"),
-    (dict(method="wce", margin=2), "injects nothing"),
-    (dict(dtype="float16"), "choose one of None, auto, bfloat16, float32"),
-    (dict(select="first"), "choose one of last, best"),
-    (dict(evaluations=21), "from 1 to 20"),
-    (dict(keep_empty=1), "expected True or False"),
-    (dict(out=3), "expected the path"),
-    (dict(decoder=(64, 2.5)), "whole number"),
-])
-def test_wrong_configs_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        RunConfig(**wrong)
-
-
-def test_configs_are_filled_in_and_round_trip():
-    for method in METHODS:
-        for preset in PRESETS:
-            c = RunConfig(method=method, preset=preset)
-            assert RunConfig(**asdict(c)) == c
-    assert RunConfig(method="dli-authors").threshold == 0 and RunConfig(method="dli-authors").dice == "batch"
-
-
-@pytest.mark.parametrize("spelling, plain", [
-    (dict(steps=6e0), dict(steps=6)),
-    (dict(steps=np.int64(6)), dict(steps=6)),
-    (dict(lr=np.float32(0.5)), dict(lr=0.5)),
-    (dict(fold=np.float64(2)), dict(fold=2)),
-    (dict(fraction=1), dict(fraction=1.0)),
-    (dict(keep_empty=np.True_), dict(keep_empty=True)),
-    (dict(decoder=[32, 16]), dict(decoder=(32, 16))),
-    (dict(out=Path("there")), dict(out="there")),
-    (dict(out="~/there"), dict(out=os.path.expanduser("~/there"))),
-])
-def test_one_run_has_one_key_whatever_the_spelling(spelling, plain):
-    one, other = RunConfig(preset="smoke", dataset="synthetic", **spelling), RunConfig(preset="smoke", dataset="synthetic", **plain)
-    assert one == other and run_key(one) == run_key(other) and json.dumps(asdict(one)) == json.dumps(asdict(other))
-
-
-def test_a_config_is_made_without_disk_or_network(monkeypatch):
-    for name in ("resolve_dataset", "data_fingerprint", "file_hash"):
-        patch(monkeypatch, name, lambda *a: pytest.fail("a config looked at the machine"))
-    c = RunConfig(weights="/no/such/file.pth", dataset="auto")
-    assert c.weights == "/no/such/file.pth" and c.data is None and c.weights_hash is None
-
-
-def test_resolving_settles_what_the_machine_knows(tmp_path, monkeypatch):
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"one")
-    patch(monkeypatch, "resolve_dataset", lambda name: "synthetic")
-    c = RunConfig(weights=weights, dtype="auto")
-    done = resolve(c)
-    assert done.dataset == "synthetic" and done.data and len(done.weights_hash) == 64 and done.dtype in ("bfloat16", "float32")
-    assert resolve(done) == done and run_key(c) == run_key(done)
-    weights.write_bytes(b"two")
-    assert run_key(c) != done.weights_hash
-    with pytest.raises(ValueError, match="made for another weights_hash"):
-        resolve(done)
-    with pytest.raises(ValueError, match="made for another data"):
-        resolve(replace(done, data="0" * 16, weights_hash=None))
-
-
-def test_a_new_field_keeps_every_key():
-    @dataclass(frozen=True)
-    class Longer(RunConfig):
-        roi: str | None = None
-    for kwargs in (dict(), dict(method="wce", fold=3), dict(preset="study", dataset="magnetic-tiles")):
-        usual = dict(dataset="synthetic") | kwargs
-        assert run_key(Longer(**usual)) == run_key(RunConfig(**usual)) != run_key(Longer(roi="mask", **usual))
-
-
-def test_fields_that_were_there_count_in_the_key():
-    c = resolve(RunConfig(dataset="synthetic"))
-    other = dict(method="dli-all", encoder="resnet18", weights=None, split="image", fold=1, partition=1, seed=9, fraction=0.5, clean_validation=False,
-                 keep_empty=True, preset="study", steps=7, image_size=64, batch_size=4, lr=0.1, warmup=0.5, beta2=0.5, evaluations=3, decoder=(8, 8),
-                 dtype="float32", select="best", p_poisson=0.1, fill="all", mix_gradients=True, region="image", grow_label=True, margin=7, threshold=3, dice="batch")
-    keys = {run_key(c)} | {run_key(replace(c, **{name: value})) for name, value in other.items() if name != "method"} | {run_key(RunConfig(method="dli-all", dataset="synthetic"))}
-    assert len(keys) == 1 + len(other)
-
-
 def test_a_config_means_the_same_in_another_process(tmp_path):
     "Saved as JSON, read by another process: the same key, and the same bits."
     c = config(method="share", out=str(tmp_path / "here"))
     row = run(c, progress=False)
     there = json.loads((run_folder(c) / "config.json").read_text()) | dict(out=str(tmp_path / "there"))
-    code = "import json, sys; from dli.training import *; c = json.loads(sys.argv[1]); c.pop('recipe'); print(run(RunConfig(**c), progress=False)['key'])"
+    code = ("import json, sys; from dli.experiment import RunConfig, run; c = json.loads(sys.argv[1]); "
+            "c.pop('recipe'); print(run(RunConfig(**c), progress=False)['key'])")
     done = subprocess.run([sys.executable, "-c", code, json.dumps(there)], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == row["key"], done.stderr
-    assert (tmp_path / "there" / run_folder(c).name / "model.safetensors").read_bytes() == (run_folder(c) / "model.safetensors").read_bytes()
-
-
-def test_shares_without_balancing_keep_the_classes_proportions():
-    labels = np.repeat([0, 1, 3], [300, 40, 10])
-    clean, weight = clean_share_after_dli(labels, 16), draw_weights(labels, 16, "share").numpy()
-    drawn = np.bincount(labels, weight, minlength=4)
-    np.testing.assert_allclose(drawn, [clean, (1 - clean) * 0.8, 0, (1 - clean) * 0.2])
+    weights = [folder / "model.safetensors" for folder in (run_folder(c), tmp_path / "there" / run_folder(c).name)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_the_best_evaluation_is_scored_where_asked_for(tmp_path, monkeypatch):
@@ -263,7 +117,8 @@ def test_the_best_evaluation_is_scored_where_asked_for(tmp_path, monkeypatch):
     usual, marks = scores, iter((0.2, 0.9, 0.1))
     patch(monkeypatch, "scores", lambda *a: usual(*a) | dict(iou_micro=next(marks, usual(*a)["iou_micro"])))
     states = []
-    patch(monkeypatch, "save_state", lambda done, folder: states.append({k: v.clone() for k, v in done.model.state_dict().items()}))
+    copied = lambda state, folder: states.append({k: v.clone() for k, v in state.model.state_dict().items()})
+    patch(monkeypatch, "save_state", copied)
     run(c, progress=False)
     saved = load_model(c, run_samples(c)[0]).state_dict()
     same = [all(torch.equal(v, saved[k]) for k, v in state.items()) for state in states]
@@ -282,22 +137,6 @@ def test_the_best_network_survives_a_kill(tmp_path):
     assert outcome(stopped) == outcome(c)
 
 
-def test_notebook_parameters():
-    assert notebook_config(dict(method="wce", fold=3, json=json)) == RunConfig(method="wce", fold=3)
-    with pytest.raises(ValueError, match="unknown parameter sede: the parameters are method"):
-        notebook_config(dict(sede=3))
-
-
-@given(st.sampled_from(list(PRESETS)), st.integers(1, 300))
-@settings(max_examples=30, deadline=None)
-def test_rate_and_evaluations(preset, steps):
-    c = RunConfig(preset=preset, steps=steps)
-    rates = [learning_rate(c, s) for s in range(steps)]
-    assert 0 <= min(rates) and max(rates) <= c.lr and np.argmax(rates) <= c.warmup * steps + 1
-    stops = evaluation_steps(c)
-    assert max(stops) == steps and 1 <= len(stops) <= 20
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", METHODS)
@@ -307,13 +146,37 @@ def test_trains_on_cuda(method, tmp_path):
     assert row["device"] == "cuda" and curve["loss"].iloc[-1] < curve["loss"].iloc[0]
 
 
-@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_the_gpu_is_used_where_there_is_one(cuda, mps, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert default_device() == torch.device(expected)
-    assert network_dtype(torch.device("mps")) == torch.float32
-    assert memory_format("resnet18", torch.device("mps")) == torch.contiguous_format
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_run_predicts_its_validation_images_once(select, tmp_path, monkeypatch):
+    "Once per evaluation; once more only where the best network is not the last one."
+    c = config(method="baseline", select=select, out=str(tmp_path))
+    images = [len(samples) for samples in run_samples(c)]
+    predicted = []
+    patch(monkeypatch, "predict_samples", lambda model, samples, *rest: (predicted.append(len(samples)),
+                                                                         predict_samples(model, samples, *rest))[1])
+    patch(monkeypatch, "save_pictures", save_pictures)
+    row = run(c, progress=False)
+    curve = pd.read_csv(run_folder(c) / "curve.csv")
+    best_is_last = curve["iou_micro"].argmax() == len(curve) - 1
+    assert predicted == [images[1]] * (c.evaluations + (select == "best" and not best_is_last))
+    regions = np.unpackbits(np.load(run_folder(c) / "regions.npz")["regions"], axis=-1)
+    counts = pd.read_csv(run_folder(c) / "counts.csv")
+    found = counts.filter(like="tp_").to_numpy() + counts.filter(like="fp_").to_numpy()
+    assert (regions.sum((2, 3)) == found).all() and row["val_images"] == images[1]
+
+
+def test_a_row_is_written_by_the_table_that_reads_it(tmp_path):
+    c = config(out=str(tmp_path))
+    row = run(c, progress=False)
+    own = [name for name in row if name not in asdict(c)]
+    assert all(any(field.holds(name) for field in ROW) for name in own)
+    assert all(any(field.holds(name) for name in own) for field in ROW)
+    found = {name: row[name] for name in own}
+    assert list(complete_row(c, found)) == list(row)
+    with pytest.raises(ValueError, match="unknown fields iuo_macro"):
+        complete_row(c, found | dict(iuo_macro=1))
+    with pytest.raises(ValueError, match="it lacks source"):
+        complete_row(c, {name: value for name, value in found.items() if name != "source"})
 
 
 def test_a_device_is_chosen_by_name(tmp_path):
@@ -361,16 +224,19 @@ def test_the_captured_step_is_the_usual_one(dtype, monkeypatch):
     usual = run_model(c, train, torch.device("cpu"))
     model, loss = copy.deepcopy(usual), run_loss(c, train)
     adam = [torch.optim.SGD(m.parameters(), lr=rate) for m, rate in ((usual, 0.1), (model, torch.tensor(0.0)))]
-    counted = [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")]
+    counts = lambda: [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")]
+    counted = counts()
     step = None
     for images, masks in itertools.islice(batches(c, train, None, torch.device("cpu")), 3):
         expected = train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype))
-        step = step or GraphStep(model, loss, adam[1], getattr(torch, dtype), images, masks)
+        body = GraphBody(model, loss, adam[1], getattr(torch, dtype), (images, masks), MAGNETIC_TILES)
+        step = step or GraphStep(body)
         step(images, masks, 0.1)
-        assert step.losses() == [pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-2)] and step.losses() == []
+        assert step.losses() == [pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-2)]
+        assert step.losses() == []
     difference = max((a - b).abs().max().item() for a, b in zip(usual.parameters(), model.parameters()))
     assert difference < (1e-5 if dtype == "float32" else 0.02)
-    assert counted == [m.num_batches_tracked for m in model.modules() if hasattr(m, "num_batches_tracked")] and all(n == 0 for n in counted)
+    assert counted == counts() and all(n == 0 for n in counted)
 
 
 def test_a_captured_loss_that_is_not_finite_is_named(monkeypatch):
@@ -380,13 +246,16 @@ def test_a_captured_loss_that_is_not_finite_is_named(monkeypatch):
         step.losses()
 
 
-# Interruption. A process is killed for real, so runs are trained in processes of their own: forked from one that has imported everything.
+# Interruption. A process is killed for real, so runs are trained in processes of their own: forked from one that has
+# imported everything.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dli.experiment.training"])
 
 
 def train_apart(c: RunConfig, checkpoint_seconds: float, threads: int):
-    CHECKPOINT_SECONDS, save_pictures = checkpoint_seconds, no_pictures
+    m = pytest.MonkeyPatch()
+    patch(m, "CHECKPOINT_SECONDS", checkpoint_seconds)
+    patch(m, "save_pictures", no_pictures)
     torch.set_num_threads(threads)
     run(c, progress=False)
 
@@ -400,9 +269,11 @@ def start(c, checkpoint_seconds=0.0, threads=1):
 def outcome(c):
     "All that a finished run leaves, times left out."
     folder = run_folder(c)
-    row = {k: v for k, v in json.loads((folder / "row.json").read_text()).items() if not k.startswith("seconds") and k not in ("finished", "out")}
+    row = json.loads((folder / "row.json").read_text())
+    row = {k: v for k, v in row.items() if not k.startswith("seconds") and k not in ("finished", "out")}
     assert not any((folder / name).exists() for name in (*CHECKPOINTS, "lock")) and not list(folder.glob("*.part"))
-    return row, pd.read_csv(folder / "curve.csv").drop(columns="seconds").to_csv(), *((folder / name).read_bytes() for name in ("counts.csv", "model.safetensors"))
+    curve = pd.read_csv(folder / "curve.csv").drop(columns="seconds").to_csv()
+    return row, curve, *((folder / name).read_bytes() for name in ("counts.csv", "model.safetensors", "regions.npz"))
 
 
 @pytest.mark.parametrize("kills,threads,method", [
@@ -437,7 +308,8 @@ class Dies(BaseException):
 
 
 def test_a_run_that_dies_after_every_write_ends_as_if_it_had_not(tmp_path, monkeypatch):
-    whole, c, write = config(steps=2, out=str(tmp_path / "whole")), config(steps=2, out=str(tmp_path / "dies")), write_whole
+    whole, c = (config(steps=2, out=str(tmp_path / name)) for name in ("whole", "dies"))
+    write = write_whole
     run(whole, progress=False)
     deaths, left = 0, 0
 
@@ -481,20 +353,19 @@ def unstopped(tmp_path_factory):
 
 def stop_at(monkeypatch, step, error):
     "Let the run's step (counted from 1) raise an error."
-    advance = advance
-
-    def stopping(done, *batch):
-        if done.step + 1 == step:
+    def stopping(state, *batch):
+        if state.step + 1 == step:
             raise error
-        advance(done, *batch)
+        advance(state, *batch)
     patch(monkeypatch, "advance", stopping)
 
 
 def test_a_stopped_run_shows_what_it_has_and_continues(stopped, unstopped, monkeypatch):
-    folder, steps, advance = run_folder(stopped), [], advance
+    folder, steps = run_folder(stopped), []
     assert pd.read_csv(folder / "curve.csv")["step"].tolist() == [3]
-    assert RunConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "recipe"}) == stopped
-    patch(monkeypatch, "advance", lambda done, *batch: (steps.append(done.step), advance(done, *batch)))
+    there = json.loads((folder / "config.json").read_text())
+    assert there.pop("recipe") == RECIPE and RunConfig(**there) == stopped
+    patch(monkeypatch, "advance", lambda state, *batch: (steps.append(state.step), advance(state, *batch)))
     run(stopped, progress=False)
     assert steps == [3, 4, 5] and outcome(stopped) == unstopped
 
@@ -514,7 +385,8 @@ def test_a_truncated_checkpoint_is_named(stopped):
     content, fresh = path.read_bytes(), begin(stopped, run_samples(stopped)[0])
     for length in (0, 1, 8, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{path.name} can't be read.*truncated.*delete it to start from the beginning"):
+        message = f"{path.name} can't be read.*truncated.*delete it to start from the beginning"
+        with pytest.raises(ValueError, match=message):
             resume(fresh, path.parent)
     assert fresh.step == 0
 
@@ -527,12 +399,16 @@ def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch
     assert outcome(stopped) == unstopped
 
 
+def of_other_tiles(c):
+    return [replace(samples, source="magnetic-tiles") for samples in run_samples(c)]
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda m: dict(seed=1), "seed=0, here 1"),
     (lambda m: patch(m, "RECIPE", RECIPE + 1), f"recipe={RECIPE}, here {RECIPE + 1}"),
     (lambda m: patch(m, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
     (lambda m: dict(dtype="float32"), "dtype='bfloat16', here 'float32'"),
-    (lambda m: patch(m, "run_samples", lambda c: [replace(s, source="magnetic-tiles") for s in run_samples(c)]), "source='synthetic', here 'magnetic-tiles'"),
+    (lambda m: patch(m, "run_samples", of_other_tiles), "source='synthetic', here 'magnetic-tiles'"),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
     content = (run_folder(stopped) / CHECKPOINTS[1]).read_bytes()
@@ -597,16 +473,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, unstopped):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
 @pytest.mark.parametrize("writes", [0, 1, 2, 5])
 def test_a_full_disk_is_named_and_the_run_continues(writes, tmp_path, unstopped):
-    c, files = config(out=str(tmp_path)), []
+    c, opened = config(out=str(tmp_path)), []
 
     def limited(path, mode):
-        files.append(path)
-        return open(path if len(files) <= writes else "/dev/full", mode)
+        opened.append(path)
+        return open(path if len(opened) <= writes else "/dev/full", mode)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(files, "open", limited, raising=False)
         with pytest.raises(OSError, match=r"No space left on device.*make room, then call run again.*") as error:
             run(c, progress=False)
-    assert error.value.errno == 28 and not list(run_folder(c).glob("*.part")) and not (run_folder(c) / "row.json").exists()
+    assert error.value.errno == 28 and not list(run_folder(c).glob("*.part"))
+    assert not (run_folder(c) / "row.json").exists()
     run(c, progress=False)
     assert outcome(c) == unstopped
 
@@ -622,7 +499,8 @@ def test_another_process_is_kept_out_until_ctrl_c(tmp_path):
     process.start()
     while not (run_folder(c) / CHECKPOINTS[0]).exists():
         time.sleep(0.05)
-    with pytest.raises(RuntimeError, match=f"{run_key(c)}: another process is training this very run: wait for it, or end it"):
+    message = f"{run_key(c)}: another process is training this very run: wait for it, or end it"
+    with pytest.raises(RuntimeError, match=message):
         run(c, progress=False)
     os.kill(process.pid, signal.SIGINT)
     process.join()
@@ -635,37 +513,13 @@ def test_another_process_is_kept_out_until_ctrl_c(tmp_path):
 
 def test_seeds_repeat_and_differ(tmp_path, unstopped):
     again, other = config(out=str(tmp_path)), config(seed=5, out=str(tmp_path))
-    run(again, progress=False), run(other, progress=False)
+    for c in (again, other):
+        run(c, progress=False)
     assert outcome(again) == unstopped and outcome(other)[3] != unstopped[3]
 
 
 def test_no_global_generator_is_used(tmp_path):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     run(config(out=str(tmp_path)), progress=False)
-    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5), st.sampled_from((0, 3)), st.sampled_from((torch.contiguous_format, torch.channels_last)), st.integers(0, 2**31))
-def test_a_folded_block_is_the_block(batch, height, width, skipped, layout, seed):
-    "Output and every gradient, with and without a skip connection, of any size."
-    torch.manual_seed(seed)
-    block = UnetDecoderBlock(4, skipped, 5).double().eval()
-    folded = FoldedBlock(copy.deepcopy(block)).eval()
-    found = []
-    for b in (block, folded):
-        torch.manual_seed(seed)
-        x = torch.randn(batch, 4, height, width, dtype=torch.double).contiguous(memory_format=layout).requires_grad_()
-        skip = torch.randn(batch, skipped, 2 * height, 2 * width, dtype=torch.double).contiguous(memory_format=layout).requires_grad_() if skipped else None
-        out = b(x, 2 * height, 2 * width, skip)
-        out.square().sum().backward()
-        found.append([out, x.grad, *([skip.grad] if skipped else []), *(p.grad for p in b.parameters())])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
-    assert block.state_dict().keys() == folded.state_dict().keys()
-
-
-def test_a_folded_block_refuses_other_sizes():
-    block = FoldedBlock(UnetDecoderBlock(4, 0, 5))
-    with pytest.raises(ValueError, match="expected images whose height and width are multiples of 8, got features .3, 4. for 7x8"):
-        block(torch.rand(1, 4, 3, 4), 7, 8)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
+    assert (before[1] == np.random.get_state()[1]).all()

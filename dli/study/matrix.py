@@ -353,7 +353,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, help="runs at a time on this machine (default: as many as it has cores for)")
     p.add_argument("--threads", type=int, default=1, help="computing threads of each run")
     p.add_argument("--engine", default="local", choices=list(ENGINES), help="ray: on all machines of a Ray cluster")
-    p.add_argument("--dataset", default="auto", choices=DATASETS)
+    p.add_argument("--dataset", default="auto", choices=("auto", *DATASETS))
     p.add_argument("--out", default=RunConfig.out, help="the store for new rows")
     p.add_argument("--publish", action="store_true", help=f"then copy rows, counts and regions to {RESULTS}")
     p.add_argument("--dry-run", action="store_true", help="list what is missing and the projected time")
