@@ -436,7 +436,7 @@ def test_what_auto_means_is_decided_once(monkeypatch):
     def decide(name, fallback=True):
         asked.append((name, fallback))
         return "synthetic"
-    patch(monkeypatch, "resolve_dataset", decide)
+    monkeypatch.setattr("dli.study.studies.resolve_dataset", decide)
     resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
     assert asked == [("auto", False)] and {c.dataset for c in resolved} == {"synthetic"}
 

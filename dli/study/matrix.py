@@ -108,7 +108,7 @@ class Bar:
         self.done = {c: steps_done(c) for c in configs}
         self.ended = self.failed = 0
         self.bar = tqdm(total=sum(c.steps for c in configs), initial=sum(self.done.values()), unit=" steps",
-                        smoothing=0, disable=not show)
+                        smoothing=0, mininterval=2, disable=not show)
         self.show()
 
     def look(self, configs: Iterable[RunConfig]):
