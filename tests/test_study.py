@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -616,7 +617,7 @@ def has_checkpoint(folder, since=0.0):
 
 
 def test_a_killed_matrix_leaves_no_worker_and_ends_as_if_it_had_not_been_killed(tmp_path):
-    configs = [config(method=m, steps=40) for m in ("baseline", "dli")]
+    configs = [config(method=m, steps=20) for m in ("baseline", "dli")]
     for c in place(configs, tmp_path / "whole"):
         run(c, progress=False)
     own = place(configs, tmp_path / "killed")
@@ -750,6 +751,44 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--engine", "ray"]
     assert main(command) == 2 and "needs Ray" in capsys.readouterr().err
+
+
+class NoCluster:
+    "What `run_ray` uses of Ray, without Ray: a task is done here when its result is asked for."
+    class exceptions:
+        RayError = ArithmeticError
+
+    is_initialized = staticmethod(lambda: True)
+    cluster_resources = staticmethod(dict)
+    wait = staticmethod(lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:]))
+
+    @staticmethod
+    def get_runtime_context():
+        return SimpleNamespace(get_node_id=lambda: f"here-{os.getpid()}")
+
+    @staticmethod
+    def remote(**options):
+        return lambda function: SimpleNamespace(remote=lambda *args: (function, args))
+
+    @staticmethod
+    def get(task):
+        function, args = task
+        try:
+            return function(*args)
+        except ValueError as e:
+            raise ArithmeticError(f"Traceback of the node\nValueError: {e}") from e
+
+
+def test_files_of_tasks_arrive_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", NoCluster)
+    good, bad = config(out=str(tmp_path)), config(batch_size=4000, out=str(tmp_path))
+    with pytest.raises(FailedRuns, match=f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size") as e:
+        run_matrix([bad, good], engine="ray", progress=False)
+    assert e.value.runs["out"].tolist() == [str(tmp_path)]
+    assert {p.name for p in run_folder(good).iterdir()} == set(FILES)
+    node = Path(tempfile.gettempdir()) / f"dli-here-{os.getpid()}"
+    assert not (node / run_name(good)).exists(), "the node keeps nothing"
+    shutil.rmtree(node)
 
 
 @pytest.fixture
