@@ -1,9 +1,6 @@
 """The study: stores believe only rows that fit; studies are the protocol's; the matrix survives kills and failures."""
-import contextlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import shutil
@@ -16,6 +13,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -30,11 +28,11 @@ from dli.experiment.config import METHODS, PRESETS, RECIPE, Method, RunConfig, r
 from dli.experiment.store import (FILES, RESULTS, load_runs, one_kind, one_recipe, publish, read_counts, row_config,
                                   run_folder, store_files)
 from dli.experiment.evaluation import save_pictures
-from dli.experiment.state import CHECKPOINTS, CHECKPOINT_SECONDS
+from dli.experiment.state import CHECKPOINTS
 from dli.experiment.training import run
 from dli.study.studies import AUTHORS, LADDER, STUDIES, configs_of, methods, missing, resolve_all, study_configs
-from dli.study.matrix import (PROCESSES, Bar, FailedRuns, finished_runs, main, makespan, projected_cost,
-                              projected_seconds, run_matrix, start, work)
+from dli.study.matrix import (WORKER, Bar, FailedRuns, Worker, as_job, finished_runs, main, makespan, projected_cost,
+                              projected_seconds, run_matrix, train_job)
 from conftest import patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,29 +46,19 @@ def no_pictures(done, val, folder):
     pass
 
 
-# Children are forked from a process that has imported everything: starting one from nothing takes longer than its run.
-# One test does that.
-SERVED = multiprocessing.get_context("forkserver")
-SERVED.set_forkserver_preload(["dli.study.matrix"])
-WORK = work
-
-
-@pytest.fixture(scope="session", autouse=True)
-def server():
-    "Start that process now: later it would be started, as children are, deaf to Ctrl-C."
-    multiprocessing.forkserver.ensure_running()
-
-
-def work(job, errors):
-    "A child that draws no pictures and leaves a checkpoint after every step."
-    save_pictures, CHECKPOINT_SECONDS = no_pictures, 0
-    WORK(job, errors)
+# Tests start workers that draw no pictures and leave a checkpoint after every step.
+QUICK_WORKER = """
+import dli.experiment.state, dli.experiment.training
+from dli.study.matrix import work
+dli.experiment.state.CHECKPOINT_SECONDS = 0
+dli.experiment.training.save_pictures = lambda *args: None
+work()
+"""
 
 
 @pytest.fixture(autouse=True)
-def quick_children(monkeypatch):
-    patch(monkeypatch, "PROCESSES", SERVED)
-    patch(monkeypatch, "work", work)
+def quick_workers(monkeypatch):
+    patch(monkeypatch, "WORKER", QUICK_WORKER)
     patch(monkeypatch, "save_pictures", no_pictures)
 
 
@@ -224,9 +212,9 @@ def test_broken_rows_are_missing_and_not_overwritten(damage, store):
     DAMAGES[damage][0](folder_of(store))
     before, c = rows_of(store), config(out=str(store))
     assert missing([c]) == [c]
-    with pytest.raises(FailedRuns, match=f"{run_name(c)}: ValueError: .*{DAMAGES[damage][1]}") as e:
-        run_matrix([c], progress=False)
-    assert e.value.failures[0][0] == c and len(e.value.runs) == 0 and rows_of(store) == before
+    with pytest.raises(ValueError, match=DAMAGES[damage][1]):
+        train_job(as_job(c))
+    assert rows_of(store) == before
 
 
 @given(st.integers(0, 2000), st.integers(0, 255))
@@ -449,7 +437,7 @@ def test_what_auto_means_is_decided_once(monkeypatch):
     def decide(name, fallback=True):
         asked.append((name, fallback))
         return "synthetic"
-    patch(monkeypatch, "resolve_dataset", decide)
+    monkeypatch.setattr("dli.study.studies.resolve_dataset", decide)
     resolved = resolve_all(RunConfig(preset="smoke", fold=f) for f in range(3))
     assert asked == [("auto", False)] and {c.dataset for c in resolved} == {"synthetic"}
 
@@ -457,7 +445,7 @@ def test_what_auto_means_is_decided_once(monkeypatch):
 # The matrix
 
 def test_what_is_finished_is_not_repeated(trained, tmp_path, monkeypatch):
-    patch(monkeypatch, "start", lambda *a: pytest.fail("a run was started"))
+    patch(monkeypatch, "Worker", lambda *a: pytest.fail("a run was started"))
     configs = [config(method=m, out=str(trained)) for m in ("dli", "baseline", "dli")]
     assert run_matrix(configs, progress=False)["method"].tolist() == ["dli", "baseline"]
     monkeypatch.chdir(tmp_path)
@@ -467,20 +455,32 @@ def test_what_is_finished_is_not_repeated(trained, tmp_path, monkeypatch):
     assert missing(elsewhere, tmp_path / "new") == elsewhere
 
 
-def kill_yourself(job, errors):
-    os.kill(os.getpid(), signal.SIGKILL)
+SOME_ARE_KILLED = """
+import json, os, sys
+signal = json.loads(sys.argv[1])[0]["seed"]
+if signal:
+    os.kill(os.getpid(), signal)
+""" + QUICK_WORKER
 
 
-def test_failures_stop_nobody_and_are_told_at_the_end(trained, tmp_path, monkeypatch):
-    bad, good = config(batch_size=4000, out=str(tmp_path)), config(seed=1, out=str(tmp_path))
-    said = f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size=4000 is larger"
-    with pytest.raises(FailedRuns, match=said) as e:
-        run_matrix([bad, good], jobs=1, progress=False)
-    assert e.value.failures[0][0] == bad and "Traceback" in e.value.failures[0][1]
-    assert e.value.runs["seed"].tolist() == [1]
-    patch(monkeypatch, "work", kill_yourself)
-    with pytest.raises(FailedRuns, match="the process ended with exit code -9"):
-        run_matrix([config(seed=2, out=str(tmp_path))], progress=False)
+def test_failures_stop_nobody_and_are_told_at_the_end(tmp_path, monkeypatch):
+    patch(monkeypatch, "WORKER", SOME_ARE_KILLED)
+    good, bad = config(out=str(tmp_path)), config(batch_size=4000, out=str(tmp_path))
+    killed = [config(seed=s, out=str(tmp_path)) for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(FailedRuns, match="4 runs failed, 1 have a row") as e:
+        run_matrix([bad, *killed, good], jobs=2, progress=False)
+    said = dict(e.value.failures)
+    assert set(said) == {bad, *killed} and e.value.runs["key"].tolist() == [run_key(good)]
+    assert "Traceback" in said[bad] and f"{run_name(bad)}: ValueError: batch_size=4000 is larger" in str(e.value)
+    for c in killed:
+        assert f"{run_name(c)}: the process ended with exit code -{c.seed}" in str(e.value)
+    assert "-9 (killed; short of memory?)" in said[killed[0]]
+
+
+def test_what_a_worker_printed_is_passed_on(tmp_path, monkeypatch, capsys):
+    patch(monkeypatch, "WORKER", "import warnings; warnings.warn('disk almost full')")
+    assert len(run_matrix([config(out=str(tmp_path))], progress=False)) == 0  # it did nothing
+    assert "disk almost full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [dict(engine="slurm"), dict(jobs=0), dict(jobs=-1), dict(threads=0)])
@@ -489,28 +489,31 @@ def test_wrong_arguments_are_refused(wrong):
         run_matrix([], **wrong)
 
 
-def linger(job, errors):
-    time.sleep(0.2)
-
-
 def test_so_many_at_a_time_and_in_order(tmp_path, monkeypatch):
-    begin, children, others = start, [], []
+    workers, others = [], []
 
-    def start(*args):
-        others.append(sum(child.process.is_alive() for child in children))
-        children.append(begin(*args))
-        return children[-1]
-    patch(monkeypatch, "work", linger)
-    patch(monkeypatch, "start", start)
+    class Watched(Worker):
+        def __init__(self, config, threads):
+            others.append(sum(worker.poll() is None for worker in workers))
+            super().__init__(config, threads)
+            self.config = config
+            workers.append(self)
+    patch(monkeypatch, "WORKER", "import time; time.sleep(0.2)")
+    patch(monkeypatch, "Worker", Watched)
     configs = [config(seed=s, out=str(tmp_path)) for s in range(5)]
     assert len(run_matrix(configs, jobs=2, progress=False)) == 0  # nobody did anything
-    assert [child.config for child in children] == configs and others[:2] == [0, 1] and max(others) == 1
+    assert [worker.config for worker in workers] == configs and others[:2] == [0, 1] and max(others) == 1
 
 
-def test_a_method_that_is_added_in_one_place_runs_and_has_rows(tmp_path, monkeypatch):
+def test_a_method_that_is_added_in_one_place_runs_and_has_rows(tmp_path, monkeypatch, capsys):
+    "As outside of tests: by the worker that users have, with its number of threads."
+    patch(monkeypatch, "WORKER", WORKER)
     monkeypatch.setitem(METHODS, "dli-mixed", Method(loss="focal", inject=dict(mix_gradients=True)))
-    runs = run_matrix([config(method="dli-mixed", out=str(tmp_path))], progress=False)
+    before = dict(os.environ)
+    runs = run_matrix([config(method="dli-mixed", steps=1, out=str(tmp_path))], threads=2)
     assert silently(tmp_path)["method"].tolist() == ["dli-mixed"] and runs["mix_gradients"].tolist() == [True]
+    assert runs["threads"].tolist() == [2] and dict(os.environ) == before
+    assert "1 of 1 runs: 100%" in capsys.readouterr().err
     assert "dli-mixed" in {c.method for c in configs_of(methods("dli-mixed"), "smoke", ["resnet18"], [0])}
 
 
@@ -521,7 +524,8 @@ def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
         (run_folder(c) / "curve.csv").write_text(f"step,loss\n1,1\n{step},1\n")
     bar = Bar([done, half, failed], show=True)
     assert (bar.bar.n, bar.bar.total) == (6, 18)
-    bar.end(done, failed=False), bar.end(failed, failed=True)
+    bar.end(done, failed=False)
+    bar.end(failed, failed=True)
     assert (bar.bar.n, bar.bar.total) == (12, 15) and "2 of 3 runs, 1 failed" in bar.bar.desc
     (run_folder(half) / "curve.csv").write_text("step,loss\n5,1\n")
     bar.look([half])
@@ -529,26 +533,31 @@ def test_a_bar_counts_steps_and_forgets_those_that_failed(tmp_path, capsys):
     bar.bar.close()
 
 
-# The matrix, interrupted. A runner is a process whose children are forked, all in one process group.
+# The matrix, interrupted
 
-def run_apart(configs):
-    os.setsid()
-    PROCESSES, work = multiprocessing.get_context("fork"), work
-    run_matrix(configs, jobs=2, progress=False)
+RUNNER = f"""
+import json, signal, sys
+import dli.study.matrix as matrix
+from dli.experiment.config import RunConfig
+matrix.WORKER = {QUICK_WORKER!r}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+"""
+RUN_CONFIGS = RUNNER + """
+matrix.run_matrix([RunConfig(**given) for given in json.loads(sys.argv[1])], jobs=2, progress=False)
+"""
+MANY_STEPS = """
+from dataclasses import replace
+from dli.experiment.config import PRESETS
+PRESETS["smoke"] = replace(PRESETS["smoke"], steps=5000)
+"""
+RUN_COMMAND = RUNNER + "sys.exit(matrix.main(json.loads(sys.argv[1])))"
 
 
-def start_apart(target, *args):
-    process = SERVED.Process(target=target, args=args)
-    process.start()
-    return process
-
-
-def kill_group(pid):
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
+def start_apart(code, argument, **kwargs):
+    "A process with a process group of its own, as a shell gives to a command."
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(argument)], env=environment,
+                            start_new_session=True, text=True, **kwargs)
 
 
 def without_times(rows):
@@ -586,25 +595,46 @@ def killed_at_random(begin, configs, kills, seconds, tmp_path):
         yield outcome(own)
 
 
-def test_a_killed_matrix_ends_as_if_it_had_not_been(tmp_path):
-    configs = [config(method=m, steps=3) for m in ("baseline", "dli", "wce")]
-
-    def begin(own, seconds):
-        "Run them apart; kill after so many seconds. Whether the runner ended by itself."
-        process = start_apart(run_apart, own)
-        process.join(seconds)
-        if ended := process.exitcode is not None:
-            assert process.exitcode == 0
-        kill_group(process.pid) if not ended else None
-        process.join()
-        return ended
-    began = time.perf_counter()
-    assert begin(place(configs, tmp_path / "whole"), None)
-    seconds, whole = time.perf_counter() - began, outcome(place(configs, tmp_path / "whole"))
-    assert all(left == whole for left in killed_at_random(begin, configs, 3, seconds, tmp_path))
+def wait_for(condition, seconds=180):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
 
 
-COMMAND = "import sys; from dli.study import main; sys.exit(main())"
+def is_free(folder):
+    "Whether no process trains in it."
+    try:
+        with locked(folder):
+            return True
+    except RuntimeError:
+        return False
+
+
+def has_checkpoint(folder, since=0.0):
+    paths = [folder / name for name in CHECKPOINTS]
+    return any(path.exists() and path.stat().st_mtime > since for path in paths)
+
+
+def test_a_killed_matrix_leaves_no_worker_and_ends_as_if_it_had_not_been_killed(tmp_path):
+    configs = [config(method=m, steps=20) for m in ("baseline", "dli")]
+    for c in place(configs, tmp_path / "whole"):
+        run(c, progress=False)
+    own = place(configs, tmp_path / "killed")
+    folders = [run_folder(c) for c in own]
+    for kind in (signal.SIGKILL, signal.SIGTERM):
+        began = time.time()
+        process = start_apart(RUN_CONFIGS, [asdict(c) for c in own])
+        wait_for(lambda: any(has_checkpoint(folder, began) for folder in folders))
+        process.send_signal(kind)  # it alone: its workers find out
+        assert process.wait() == -kind
+        wait_for(lambda: all(map(is_free, folders)), seconds=20)
+        assert not rows_of(tmp_path / "killed")
+    run_matrix(own, jobs=2, progress=False)
+    assert outcome(own) == outcome(place(configs, tmp_path / "whole"))
+
+
+COMMAND = "import sys; from dli.study.matrix import main; sys.exit(main())"
 
 
 def command(*args, **kwargs):
@@ -623,7 +653,9 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            return kill_group(process.pid) or (process.wait(), False)[1]
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return False
         assert process.returncode == 0, output
         return True
     began = time.perf_counter()
@@ -632,54 +664,16 @@ def test_a_killed_command_ends_as_if_it_had_not_been(tmp_path):
     assert all(left == whole for left in killed_at_random(begin, configs, 10, seconds, tmp_path))
 
 
-def wait_for(condition, seconds=180):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def free(c):
-    try:
-        with locked(run_folder(c)):
-            return True
-    except RuntimeError:
-        return False
-
-
-def test_children_end_with_a_runner_that_is_killed(tmp_path):
-    configs = [config(seed=s, steps=5000, out=str(tmp_path)) for s in (0, 1)]
-    process = start_apart(run_apart, configs)
-    for c in configs:
-        wait_for(lambda: (run_folder(c) / CHECKPOINTS[0]).exists())
-    assert not any(free(c) for c in configs)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    for c in configs:
-        wait_for(lambda: free(c))
-
-
-def command_apart(args, errors: Path):
-    os.setsid()
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    PROCESSES, work = multiprocessing.get_context("fork"), work
-    PRESETS["smoke"] = replace(PRESETS["smoke"], steps=5000)
-    sys.exit(main(args))
-
-
-def test_ctrl_c_ends_the_children_and_says_little(tmp_path):
+def test_ctrl_c_ends_the_workers_and_says_little(tmp_path):
     args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2", "--out",
             str(tmp_path / "runs")]
-    process = start_apart(command_apart, args, tmp_path / "errors")
-    runs = lambda: list((tmp_path / "runs").glob("*"))
-    wait_for(lambda: len(runs()) == 2 and all((folder / CHECKPOINTS[0]).exists() for folder in runs()))
+    process = start_apart(MANY_STEPS + RUN_COMMAND, args, stderr=subprocess.PIPE)
+    runs = tmp_path / "runs"
+    wait_for(lambda: len(list(runs.glob("*"))) == 2 and all(map(has_checkpoint, runs.iterdir())))
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    process.join(120)
-    errors = (tmp_path / "errors").read_text()
-    assert process.exitcode == 130 and "stopped; the same command continues" in errors and "Traceback" not in errors
-    for folder in runs():
-        with locked(folder):
-            pass
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "stopped; the same command continues" in errors
+    assert "Traceback" not in errors and all(map(is_free, runs.iterdir()))
 
 
 # The command
@@ -702,23 +696,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_the_commands_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], batch_size=4000))
+    patch(monkeypatch, "WORKER", "raise ValueError('a bad day')")
     assert main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0"]) == 1
     said = capsys.readouterr()
-    assert said.err.count("batch_size=4000 is larger") == 2 and "0 of 2 runs have a row" in said.out
+    assert said.err.count(": ValueError: a bad day") == 2 and "0 of 2 runs have a row" in said.out
     for wrong in (["table3"], [], ["table1", "--preset", "fast"], ["table1", "--encoders", "vgg"]):
         with pytest.raises(SystemExit) as e:
             main(wrong)
         assert e.value.code == 2
-
-
-def test_a_child_from_nothing_has_its_threads(tmp_path, monkeypatch, capsys):
-    "As outside of tests: a new Python, which reads the number of threads when it imports torch."
-    patch(monkeypatch, "PROCESSES", multiprocessing.get_context("spawn"))
-    before = dict(os.environ), signal.getsignal(signal.SIGINT)
-    assert run_matrix([config(steps=1, out=str(tmp_path))], threads=2)["threads"].tolist() == [2]
-    assert before == (dict(os.environ), signal.getsignal(signal.SIGINT))
-    assert "1 of 1 runs: 100%" in capsys.readouterr().err
 
 
 # What it costs
@@ -759,16 +744,57 @@ def test_costs_by_number_of_machines():
 
 # Ray
 
-def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_ray_the_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install '\.\[ray\]' in a clone"):
         run_matrix([config(out=str(tmp_path))], engine="ray", progress=False)
+    monkeypatch.chdir(tmp_path)
+    command = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--engine", "ray"]
+    assert main(command) == 2 and "needs Ray" in capsys.readouterr().err
+
+
+class NoCluster:
+    "What `run_ray` uses of Ray, without Ray: a task is done here when its result is asked for."
+    class exceptions:
+        RayError = ArithmeticError
+
+    is_initialized = staticmethod(lambda: True)
+    cluster_resources = staticmethod(dict)
+    wait = staticmethod(lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:]))
+
+    @staticmethod
+    def get_runtime_context():
+        return SimpleNamespace(get_node_id=lambda: f"here-{os.getpid()}")
+
+    @staticmethod
+    def remote(**options):
+        return lambda function: SimpleNamespace(remote=lambda *args: (function, args))
+
+    @staticmethod
+    def get(task):
+        function, args = task
+        try:
+            return function(*args)
+        except ValueError as e:
+            raise ArithmeticError(f"Traceback of the node\nValueError: {e}") from e
+
+
+def test_files_of_tasks_arrive_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", NoCluster)
+    good, bad = config(out=str(tmp_path)), config(batch_size=4000, out=str(tmp_path))
+    with pytest.raises(FailedRuns, match=f"1 runs failed, 1 have a row:\n{run_name(bad)}: ValueError: batch_size") as e:
+        run_matrix([bad, good], engine="ray", progress=False)
+    assert e.value.runs["out"].tolist() == [str(tmp_path)]
+    assert {p.name for p in run_folder(good).iterdir()} == set(FILES)
+    node = Path(tempfile.gettempdir()) / f"dli-here-{os.getpid()}"
+    assert not (node / run_name(good)).exists(), "the node keeps nothing"
+    shutil.rmtree(node)
 
 
 @pytest.fixture
 def two_nodes(monkeypatch):
     "A Ray cluster of two nodes on this machine, one core each: the ids of its nodes, and how to kill the second."
-    import ray
+    ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
     cluster = Cluster(initialize_head=True, connect=True, head_node_args=dict(num_cpus=1))
     head = ray.nodes()[0]["NodeID"]
@@ -780,7 +806,7 @@ def two_nodes(monkeypatch):
     cluster.shutdown()
 
 
-def under_way(node):
+def at_work(node):
     "Folders of the runs that a node is at."
     return list((Path(tempfile.gettempdir()) / f"dli-{node}").glob("*"))
 
@@ -805,9 +831,9 @@ def test_ray_on_two_nodes(kill, tmp_path, two_nodes, monkeypatch):
         killed = False
         while not stop.wait(0.05):
             for node in (head, other):
-                seen[node] |= {folder.name for folder in under_way(node)}
-            if kill and not killed and any((folder / "curve.csv").exists() for folder in under_way(other)):
-                say("the second node is killed while at", *(folder.name for folder in under_way(other)))
+                seen[node] |= {folder.name for folder in at_work(node)}
+            if kill and not killed and any((folder / "curve.csv").exists() for folder in at_work(other)):
+                say("the second node is killed while at", *(folder.name for folder in at_work(other)))
                 killed = kill_other() or True
     stop, watcher = threading.Event(), threading.Thread(target=watch)
     watcher.start()
@@ -831,8 +857,9 @@ def test_wrong_arguments_end_in_a_sentence(capsys):
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error():
-    code = "import sys; from dli.study import main; sys.exit(main(['all', '--preset', 'smoke', '--dataset', 'synthetic', '--dry-run']))"
-    process = subprocess.Popen([sys.executable, "-u", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    args = ["all", "--preset", "smoke", "--dataset", "synthetic", "--dry-run"]
+    process = subprocess.Popen([sys.executable, "-u", "-c", COMMAND, *args], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait() == 0
