@@ -487,8 +487,8 @@ def store_sum(
         for i in range(top, bottom):
             for j in range(left, right):
                 if mask[i, j]:
-                    h = fields[c, (i - top + j - left) & 1, i - top + 1, ((j - left) >> 1) + 1]
-                    g = src[c, i, j] + shift[c] + h
+                    colour, y, x = (i - top + j - left) & 1, i - top + 1, ((j - left) >> 1) + 1
+                    g = src[c, i, j] + shift[c] + fields[c, colour, y, x]
                     wrong += 0 if abs(g) < np.inf else 1
                     g = min(max(g, low), high)
                     out[c, i, j] = np.rint(g) if whole else g
