@@ -108,7 +108,7 @@ def test_crops_are_pieces_of_their_images(seed, transforms, margin):
 def test_a_pool_grows_with_the_defects_and_not_with_the_images(side):
     masks = np.zeros((5, side, side), np.uint8)
     masks[:3, 50:54, 60:65], masks[4, 20:40, 20:40] = 2, 2
-    pool = DonorPool(make_samples(masks), margin=2)
+    pool = DonorPool(make_samples(masks), FLIPS, margin=2)
     assert [d.image.nbytes for d in pool.donors] == [d.mask.nbytes for d in pool.donors] == [10 * 11] * 3 + [26 * 26]
     kept = [x if x.base is None else x.base for d in pool.donors for x in (d.image, d.mask)]
     assert sum(x.nbytes for x in kept) == 2 * (3 * 10 * 11 + 26 * 26), "no view keeps an image alive"
@@ -265,7 +265,8 @@ def test_draws_are_independent():
     mask[0, 20, 20] = 1
     pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(0.5, 1, 10, 0.4, 0.1)))
     plan = DynamicLabelInjection(pool, 0.5, "all").make_params(torch.zeros(4000, 41, 41, dtype=torch.uint8), seeded(0))
-    columns = [getattr(plan, n).astype(float) for n in ("hflip", "vflip", "angle", "scale", "y", "x", "poisson")]
+    columns = [getattr(plan, n).astype(float) for n in ("hflip", "vflip", "angle", "scale", "y", "x")]
+    columns.append((plan.blend == "poisson").astype(float))
     assert np.abs(np.corrcoef(columns) - np.eye(7)).max() < 0.1
 
 
@@ -311,7 +312,7 @@ def test_damaged_plans():
 @pytest.mark.parametrize("text, message", [
     ("[]", r"expected a list for each of target, donor.*got \[\]"),
     ("3", "expected a list for each of target, donor.*got 3"),
-    ('{"target": [0], "donor": [1]}', "expected a list for each of target, donor.*got {'target': ..0"),
+    ('{"target": [0], "donor": [1]}', "expected a list for each of target, donor.*got {'target': .0"),
     ("runs/plan.json", "expected the text that `to_json` wrote, got 'runs/plan.json'.*read_text"),
     ("", "expected the text that `to_json` wrote, got ''"),
     (Path("plan.json"), "expected the text that `to_json` wrote, got PosixPath"),
