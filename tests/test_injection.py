@@ -1373,7 +1373,7 @@ def test_show_batch_of_what_has_gradients():
 @pytest.mark.parametrize("change, message", [
     (dict(classes=()), r"plan: expected 1 <= label <= 0, .*pass the class names of the plan's pool, not \(\)"),
     (dict(after=torch.zeros(3, 1, 16, 12)), "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
-    (dict(masks=torch.zeros(2, 16, 12)), "plan: expected 0 <= target <= 1, .*not 2 images"),
+    (dict(masks=torch.zeros(2, 16, 12, dtype=torch.uint8)), "plan: expected 0 <= target <= 1, .*not 2 images"),
 ])
 def test_show_batch_of_another_batch(change, message):
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))

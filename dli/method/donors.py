@@ -221,5 +221,5 @@ class DonorPool:
 
     def __repr__(self) -> str:
         size = sum(d.image.nbytes + d.mask.nbytes for d in self.donors) / 1e6
-        counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         return f"DonorPool({counts}; margin {self.margin}, {size:.1f} MB)"
