@@ -12,8 +12,10 @@ from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from scipy.fft import dctn, idctn
 
-from dli.method.blending import (blend_tensors, copy_batch, cut_paste, grow_mask, outside_compiler, poisson_blend,
+from dli.method.blending import (copy_batch, cut_paste, grow_mask, grow_window, outside_compiler, poisson_blend,
                                  poisson_blend_image)
+from dli.method.multigrid import mask_box
+from dli.method.poisson import blend_tensors
 
 NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 properties = settings(deadline=None, max_examples=60)
@@ -310,6 +312,16 @@ def test_grow_mask(case, margin):
         np.testing.assert_array_equal(wide, ndimage.binary_dilation(mask, np.ones((2 * margin + 1,) * 2)))
 
 
+@properties
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30), st.sampled_from((0, 0.01, 0.2, 1)), st.integers(0, 8))
+def test_boxes_and_growing_of_windows(seed, h, w, share, margin):
+    mask = np.random.default_rng(seed).random((h, w)) < share
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    expected = (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if mask.any() else (0, 0, 0, 0)
+    assert mask_box(mask) == expected == mask_box(np.asfortranarray(mask))
+    assert torch.equal(grow_window(torch.from_numpy(mask), margin), grow_mask(torch.from_numpy(mask)[None], margin)[0])
+
+
 def test_grow_mask_refuses_a_negative_margin():
     with pytest.raises(ValueError, match="expected 0 or more pixels, got -1"):
         grow_mask(torch.ones(1, 2, 2, dtype=torch.bool), -1)
@@ -398,7 +410,7 @@ def test_outside_compiler_keeps_names_and_lets_go_of_torch():
 
 
 KERNEL = """
-from dli.blending import compiled
+from dli.method.multigrid import compiled
 
 @compiled
 def twice(x):
@@ -491,6 +503,25 @@ print((labels > 0).flatten(1).any(1).all().item())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ | no_room(tmp_path), timeout=300)
     assert done.returncode == 0 and done.stdout.split()[-1] == "True", done.stderr
+
+
+ONE_BLEND = """
+import torch
+from dli import poisson_blend
+for dtype in (torch.uint8, torch.float32, torch.float64):
+    x = torch.rand(1, 1, 9, 9).mul(255).to(dtype)
+    poisson_blend(x[..., ::2], x.flip(-1)[..., ::2], torch.ones(1, 9, 5, dtype=torch.bool).tril(), True)
+"""
+
+
+def test_compiling_is_announced_once_and_done_once(tmp_path):
+    "One line on stderr with the first blend; one version of each kernel, whatever the images' type and strides."
+    environment = os.environ | dict(NUMBA_CACHE_DIR=str(tmp_path))
+    errors = [subprocess.run([sys.executable, "-c", ONE_BLEND], capture_output=True, text=True, env=environment,
+                             timeout=600, check=True).stderr.splitlines() for _ in range(2)]
+    assert [len([line for line in e if line.startswith("dli: compiling")]) for e in errors] == [1, 0]
+    kernels = [path.name for path in tmp_path.rglob("*.nbi")]
+    assert kernels and len(list(tmp_path.rglob("*.nbc"))) == len(kernels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

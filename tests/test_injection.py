@@ -21,7 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 from dli.data.samples import Samples
 from dli.data.masks import MASK_DTYPES, one_hot
-from dli.method.blending import grow_mask, poisson_blend, poisson_blend_image
+from dli.method.blending import BLENDS, grow_mask, poisson_blend, poisson_blend_image
 from dli.method.donors import Donor, DonorPool, DonorTransform, default_margin
 from dli.method.plan import InjectionPlan, choose_labels, class_presence, find_clean, look_at
 from dli.method.placing import crop_places, place_donors, place_turned, target_windows
@@ -29,7 +29,6 @@ from dli.method.injection import (COUNTING, PATIENCE, DynamicLabelInjection, Inj
                                   goes_through_cpu, show_batch)
 from dli.network.losses import make_loss
 from dli.scoring.metrics import count_batch
-from dli.experiment.datasets import MT_TRANSFORMS
 from conftest import patch
 
 CLASSES = ("Blowhole", "Break", "Crack")
@@ -109,15 +108,17 @@ def test_crops_are_pieces_of_their_images(seed, transforms, margin):
 def test_a_pool_grows_with_the_defects_and_not_with_the_images(side):
     masks = np.zeros((5, side, side), np.uint8)
     masks[:3, 50:54, 60:65], masks[4, 20:40, 20:40] = 2, 2
-    pool = DonorPool(make_samples(masks), margin=2)
+    pool = DonorPool(make_samples(masks), FLIPS, margin=2)
     assert [d.image.nbytes for d in pool.donors] == [d.mask.nbytes for d in pool.donors] == [10 * 11] * 3 + [26 * 26]
     kept = [x if x.base is None else x.base for d in pool.donors for x in (d.image, d.mask)]
     assert sum(x.nbytes for x in kept) == 2 * (3 * 10 * 11 + 26 * 26), "no view keeps an image alive"
 
 
 def test_transforms_by_class():
-    pool = DonorPool(random_samples(0, classes=("Crack", "Dent")))
-    assert pool.transforms == [MT_TRANSFORMS["Crack"], DonorTransform()]
+    still = DonorTransform(p=0)
+    pool = DonorPool(random_samples(0, classes=("Crack", "Dent")), {"Crack": still})
+    assert pool.transforms == [still, DonorTransform()]
+    assert DonorPool(random_samples(0)).transforms == [DonorTransform()] * 3, "no class name is known"
     with pytest.raises(ValueError, match=r"expected class names out of .*Crack.*got \['Craks'\]"):
         DonorPool(random_samples(0), {"Craks": DonorTransform()})
 
@@ -244,7 +245,7 @@ def test_clean_targets_and_donors_vary():
 def test_p_poisson_changes_nothing_else(seed, p):
     pool, masks = DonorPool(random_samples(seed), WILD), random_batch(seed)[1]
     plans = [DynamicLabelInjection(pool, q, "all").make_params(masks, seeded(seed)) for q in (0, p, 1)]
-    assert not plans[0].poisson.any() and plans[2].poisson.all()
+    assert set(plans[0].blend) <= {"cutpaste"} and set(plans[2].blend) <= {"poisson"}
     for name in ("target", "donor", "label", "hflip", "vflip", "angle", "scale", "y", "x"):
         assert all((getattr(plan, name) == getattr(plans[0], name)).all() for plan in plans)
 
@@ -255,7 +256,7 @@ def test_ranges_are_used_and_kept():
     moved = plan.angle != 0
     assert abs(moved.mean() - 0.5) < 0.03 and (plan.scale[~moved] == 1).all()
     assert 19 < plan.angle.max() <= 20 and -20 <= plan.angle.min() < -19 and 1.28 < plan.scale.max() <= 1.3 and 0.7 <= plan.scale.min() < 0.72
-    for flips in (plan.hflip, plan.vflip, plan.poisson):
+    for flips in (plan.hflip, plan.vflip, plan.blend == "poisson"):
         assert abs(flips.mean() - 0.25) < 0.03
 
 
@@ -264,7 +265,8 @@ def test_draws_are_independent():
     mask[0, 20, 20] = 1
     pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(0.5, 1, 10, 0.4, 0.1)))
     plan = DynamicLabelInjection(pool, 0.5, "all").make_params(torch.zeros(4000, 41, 41, dtype=torch.uint8), seeded(0))
-    columns = [getattr(plan, n).astype(float) for n in ("hflip", "vflip", "angle", "scale", "y", "x", "poisson")]
+    columns = [getattr(plan, n).astype(float) for n in ("hflip", "vflip", "angle", "scale", "y", "x")]
+    columns.append((plan.blend == "poisson").astype(float))
     assert np.abs(np.corrcoef(columns) - np.eye(7)).max() < 0.1
 
 
@@ -288,7 +290,7 @@ def test_plans_replay_with_any_number_of_threads():
         torch.set_num_threads(n)
         results.append(inject.transform(images, masks, plan))
     torch.set_num_threads(threads)
-    assert plan.poisson.any() and not plan.poisson.all()
+    assert set(plan.blend) == {"poisson", "cutpaste"}
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
@@ -301,15 +303,16 @@ def all_injected(pool, n=6):
 def test_damaged_plans():
     text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
     assert len(InjectionPlan.from_json(text)) == 0
-    for wrong in (text.replace('"angle"', '"angel"'), text.replace('"y": []', '"y": [1]')):
-        with pytest.raises(ValueError, match="InjectionPlan: expected target, donor"):
+    for wrong, message in ((text.replace('"angle"', '"angel"'), "expected a list for each of target, donor"),
+                           (text.replace('"y": []', '"y": [1]'), "expected columns of one length, got .*'y': 1")):
+        with pytest.raises(ValueError, match=f"InjectionPlan: {message}"):
             InjectionPlan.from_json(wrong)
 
 
 @pytest.mark.parametrize("text, message", [
     ("[]", r"expected a list for each of target, donor.*got \[\]"),
     ("3", "expected a list for each of target, donor.*got 3"),
-    ('{"target": 0, "donor": 1}', "expected a list for each of target, donor.*got {'target': 0"),
+    ('{"target": [0], "donor": [1]}', "expected a list for each of target, donor.*got {'target': .0"),
     ("runs/plan.json", "expected the text that `to_json` wrote, got 'runs/plan.json'.*read_text"),
     ("", "expected the text that `to_json` wrote, got ''"),
     (Path("plan.json"), "expected the text that `to_json` wrote, got PosixPath"),
@@ -321,12 +324,12 @@ def test_text_that_is_no_plan(text, message):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("target", "1.5"), ("donor", '"0"'), ("label", "null"), ("hflip", "2"), ("angle", '"a"'), ("scale", "NaN"), ("y", "[1]"), ("x", "1" + 30 * "0")])
+    ("target", "1.5"), ("donor", '"0"'), ("label", "null"), ("hflip", "2"), ("angle", '"a"'), ("scale", "NaN"), ("y", "[1]"), ("x", "1" + 30 * "0"), ("blend", "1")])
 def test_values_that_a_column_would_alter(name, value):
     text = all_injected(DonorPool(random_samples(0)), 1)[3].to_json()
     column = json.dumps({name: json.loads(text)[name]})[1:-1]
     assert text.count(column) == 1
-    with pytest.raises(ValueError, match=f"InjectionPlan: expected numbers of type .* for {name}, got"):
+    with pytest.raises(ValueError, match=f"InjectionPlan: expected a list of .* for {name}, got"):
         InjectionPlan.from_json(text.replace(column, f'"{name}": [{value}]'))
 
 
@@ -354,17 +357,71 @@ def test_impossible_plans(column, value, message):
         inject.transform(images, masks, plan)
 
 
-@pytest.mark.parametrize("column", [[0] * 6, np.zeros(5, int), np.zeros((6, 1), int), np.zeros(6), np.full(6, "a"), 0])
-def test_columns_of_another_type(column):
-    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
-    with pytest.raises(ValueError, match="plan: expected donor as a NumPy array of 6 int, like target, got"):
-        inject.transform(images, masks, replace(plan, donor=column))
+@pytest.mark.parametrize("column", [np.zeros(5, int), np.zeros((6, 1), int), np.full(6, 0.5), np.full(6, "a"), 0, None])
+def test_columns_of_another_type_or_length(column):
+    plan = all_injected(DonorPool(random_samples(0)))[3]
+    with pytest.raises(ValueError, match="InjectionPlan: expected (a list of int for donor|columns of one length)"):
+        replace(plan, donor=column)
 
 
-def test_a_plan_of_scalars():
+def test_columns_are_made_of_lists():
+    plan = all_injected(DonorPool(random_samples(0)))[3]
+    again = replace(plan, **{name: column.tolist() for name, column in vars(plan).items()})
+    assert again == plan and [c.dtype for c in vars(again).values()] == [c.dtype for c in vars(plan).values()]
+
+
+def test_plans_of_earlier_versions_are_read():
+    plan = all_injected(DonorPool(random_samples(0)))[3]
+    columns = json.loads(plan.to_json())
+    columns["poisson"] = [name == "poisson" for name in columns.pop("blend")]
+    assert InjectionPlan.from_json(json.dumps(columns)) == plan
+
+
+# -- blends by name ---------------------------------------------------------------------------------------------------
+
+def invert(targets, patches, masks, options):
+    "A blend that no table has: the donor's negative."
+    for target, patch, mask in zip(targets, patches, masks):
+        target[:, mask] = 1 - patch[:, mask]
+    return masks
+
+
+def test_a_blend_is_added_by_a_row_of_the_table(monkeypatch):
+    monkeypatch.setitem(BLENDS, "invert", invert)
+    pool = DonorPool(random_samples(0))
+    images, masks = random_batch(1, dtype=torch.float32)
+    for p, names in ((1, {"invert"}), (0.5, {"invert", "cutpaste"}), (0, {"cutpaste"})):
+        inject = DynamicLabelInjection(pool, p, fill="all", blend="invert")
+        plan = inject.make_params(masks, seeded(3))
+        after, labels = inject.transform(images, masks, plan)
+        pasted, same_labels = inject.transform(images, masks, replace(plan, blend=["cutpaste"] * len(plan)))
+        assert set(plan.blend) <= names and torch.equal(labels, same_labels)
+        for t, name in zip(plan.target, plan.blend):
+            where = labels[t] > 0
+            expected = 1 - pasted[t][:, where] if name == "invert" else pasted[t][:, where]
+            assert torch.equal(after[t][:, where], expected)
+        assert InjectionPlan.from_json(plan.to_json()) == plan and all(name in repr(plan) for name in plan.blend)
+
+
+@pytest.mark.parametrize("region", ["exact", "image"])
+def test_a_new_blend_labels_what_it_says_it_replaced(monkeypatch, region):
+    def everything(targets, patches, masks, options):
+        for target in targets:
+            target[:] = 0
+        return [torch.ones_like(mask) for mask in masks]
+
+    monkeypatch.setitem(BLENDS, "everything", everything)
+    images, masks = torch.ones(3, 1, 16, 12), torch.zeros(3, 16, 12, dtype=torch.uint8)
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)), 1, "all", region=region, grow_label=True, blend="everything")
+    after, labels = inject(images, masks, seeded(0))
+    assert torch.equal(after[:, 0] == 0, labels > 0)
+    assert region == "exact" or (labels > 0).all()
+
+
+def test_a_plan_with_an_unknown_blend():
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
-    with pytest.raises(ValueError, match="plan: expected target as a NumPy array of 1 int, like target, got 3"):
-        inject.transform(images, masks, replace(plan, target=3))
+    with pytest.raises(ValueError, match="plan: expected blends out of poisson, cutpaste, got 'sticker': add a blend"):
+        inject.transform(images, masks, replace(plan, blend=["sticker"] * len(plan)))
 
 
 def test_text_in_the_place_of_a_plan():
@@ -494,7 +551,7 @@ def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margi
     plan.y[:], plan.x[:] = y, x
     seen, whole = (inject.transform(m[:, None], m, replace(plan, y=plan.y + room, x=plan.x + room)) for m, room in ((target, 0), (canvas, 50)))
     assert torch.equal(seen[1], whole[1][:, 50:66, 50:62])
-    if not plan.poisson[0]:
+    if plan.blend[0] == "cutpaste":
         assert torch.equal(seen[0], whole[0][:, :, 50:66, 50:62])
 
 
@@ -503,8 +560,8 @@ def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margi
 def test_the_label_is_the_placed_mask_whatever_the_blend(seed, transforms, size, mix):
     pool, images, masks = DonorPool(random_samples(seed), transforms), torch.rand(4, 1, *size), torch.zeros(4, *size, dtype=torch.int64)
     plan = DynamicLabelInjection(pool, fill="all").make_params(masks, seeded(seed))
-    labels = [DynamicLabelInjection(pool, mix_gradients=mix, region=region).transform(images, masks, replace(plan, poisson=np.full(4, poisson)))[1]
-              for poisson in (True, False) for region in ("exact", "image")]
+    labels = [DynamicLabelInjection(pool, mix_gradients=mix, region=region).transform(images, masks, replace(plan, blend=[blend] * 4))[1]
+              for blend in BLENDS for region in ("exact", "image")]
     assert all(torch.equal(labels[0], other) for other in labels[1:])
     for p in place_donors(pool, plan, images):
         assert p.mask.sum() == (labels[0][p.target] > 0).sum() and torch.equal(labels[0][p.target][p.window] > 0, p.mask)
@@ -677,8 +734,8 @@ def test_an_empty_batch():
 def test_a_donor_may_shrink_to_its_anchor():
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
     plan.scale[:] = 1e-6
-    for poisson in (False, True):
-        after, labels = inject.transform(images, masks, replace(plan, poisson=np.full(6, poisson)))
+    for blend in BLENDS:
+        after, labels = inject.transform(images, masks, replace(plan, blend=[blend] * 6))
         assert after.isfinite().all() and torch.equal(labels.nonzero()[:, 1:][plan.target].T, torch.from_numpy(np.stack([plan.y, plan.x])))
 
 
@@ -770,9 +827,9 @@ def test_wrong_batches(change, message):
     (lambda s: DynamicLabelInjection(None), "pool: expected a DonorPool, got NoneType"),
     (lambda s: DonorPool((s.images, s.masks)), "DonorPool: expected Samples .*, got tuple"),
     (lambda s: DonorPool([s]), "DonorPool: expected Samples .*, got list"),
-    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}), r"transforms: expected a DonorTransform for 'Crack', got dict: DonorTransform\("),
-    (lambda s: DonorPool(s, DonorTransform()), "transforms: expected a DonorTransform for each class name, in a dict, got DonorTransform"),
-    (lambda s: DonorPool(s, ["Crack"]), "transforms: .* in a dict, got list"),
+    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}), r"transforms: expected a DonorTransform for 'Crack', got dict: pass DonorTransform\("),
+    (lambda s: DonorPool(s, DonorTransform()), "transforms: expected a dict with a DonorTransform for each class name, got DonorTransform"),
+    (lambda s: DonorPool(s, ["Crack"]), "transforms: expected a dict .*, got list"),
     (lambda s: DonorPool(s, margin=2.5), "margin: expected a whole number of pixels, 0 or more, got 2.5"),
     (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
 ])
@@ -1025,7 +1082,7 @@ def test_switches_are_switches(wrong):
 
 
 @pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(p_poisson=float("nan")), dict(p_poisson="0.5"),
-                                   dict(fill="half"), dict(choose="first"), dict(region="box")])
+                                   dict(fill="half"), dict(choose="first"), dict(region="box"), dict(blend="poison")])
 def test_wrong_choices(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
@@ -1247,7 +1304,7 @@ def test_counting_never_waits_for_a_thread_that_was_not_forked():
 def test_which_way_a_plan_takes():
     inject, images, masks, _ = batch_and_result()
     plan = inject.make_params(masks, seeded(0))
-    pasted = replace(plan, poisson=np.zeros(len(plan), bool))
+    pasted = replace(plan, blend=["cutpaste"] * len(plan))
     for device in ("cuda", "cuda:1", "mps", "xpu"):
         assert goes_through_cpu(torch.device(device), plan)
         assert not goes_through_cpu(torch.device(device), pasted)
@@ -1264,8 +1321,8 @@ def test_the_way_through_the_cpu_gives_the_same(seed, dtype, region, marked):
         masks[:, 3:5] = 255
     inject = DynamicLabelInjection(DonorPool(random_samples(seed)), region=region, ignore_index=255, fill="all")
     expected, kept = inject(images, masks, seeded(seed)), (images.clone(), masks.clone())
-    with pytest.MonkeyPatch.context() as patch:
-        patch(patch, "goes_through_cpu", lambda device, plan: True)
+    with pytest.MonkeyPatch.context() as changed:
+        patch(changed, "goes_through_cpu", lambda device, plan: True)
         assert same(inject(images, masks, seeded(seed)), expected) and same((images, masks), kept)
         assert not inject(images.float().div(300).requires_grad_(), masks)[0].requires_grad
 
@@ -1301,7 +1358,7 @@ def test_show_batch(channels, dtype):
     plan = inject.make_params(masks, seeded(0))
     fig = show_batch(images, *inject.transform(images, masks, plan), plan, CLASSES)
     titles = [ax.get_title() for ax in fig.axes[:len(plan)]]
-    assert titles == [f"{CLASSES[k - 1]}\n{'Poisson' if p else 'cut-paste'}" for k, p in zip(plan.label, plan.poisson)]
+    assert titles == [f"{CLASSES[k - 1]}\n{name}" for k, name in zip(plan.label, plan.blend)]
     assert [ax.get_ylabel() for ax in (fig.axes[0], fig.axes[len(plan)])] == ["before", "after"]
     nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
     assert nothing.axes[0].get_title() == "nothing injected"
@@ -1316,7 +1373,7 @@ def test_show_batch_of_what_has_gradients():
 @pytest.mark.parametrize("change, message", [
     (dict(classes=()), r"plan: expected 1 <= label <= 0, .*pass the class names of the plan's pool, not \(\)"),
     (dict(after=torch.zeros(3, 1, 16, 12)), "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
-    (dict(masks=torch.zeros(2, 16, 12)), "plan: expected 0 <= target <= 1, .*not 2 images"),
+    (dict(masks=torch.zeros(2, 16, 12, dtype=torch.uint8)), "plan: expected 0 <= target <= 1, .*not 2 images"),
 ])
 def test_show_batch_of_another_batch(change, message):
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))

@@ -11,17 +11,14 @@ import os
 import threading
 from dataclasses import dataclass, replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-from ..pictures import draw_contours, drawable
 from ..data.masks import MASK_DTYPES, check_ignore_index, check_masks, check_tensor, warn_caller
-from .blending import POISSON_DTYPES, copy_batch, outside_compiler
+from .blending import BLENDS, POISSON_DTYPES, BlendOptions, copy_batch, outside_compiler
 from .donors import DonorPool
-from .plan import (InjectionPlan, Shown, check_columns, check_generator, check_numbers, check_plan, look_at,
-                             plan_batch)
+from .plan import (InjectionPlan, Shown, check_generator, check_numbers, check_plan, check_type,
+                             look_at, plan_batch)
 from .placing import blend_all, place_donors, write_label
 
 # %% ../../nbs/26_injection.ipynb #02-injection-101
@@ -38,14 +35,15 @@ def value_limits(
 def check_values(
     images: torch.Tensor,  # expected: floats in 0..1, or uint8
 ) -> None:
-    "Raise a ValueError for NaN and for floats outside [0, 1]; rounding is forgiven."
+    "Raise a ValueError for NaN and for floats outside [0, 1]; rounding errors are accepted."
     if images.dtype == torch.uint8 or not images.numel():
         return
     low, high = value_limits(images)
     if low >= -1e-4 and high <= 1 + 1e-4:
         return
     if math.isnan(low):
-        raise ValueError(f"images: expected floats in [0, 1], got NaN in images {images.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()}")
+        wrong = images.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()
+        raise ValueError(f"images: expected floats in [0, 1], got NaN in images {wrong}")
     remedy = "divide by 255 or pass uint8" if 0 <= low and high <= 255 else "inject before normalising"
     raise ValueError(f"images: expected floats in [0, 1], got {low:.3g} .. {high:.3g}: {remedy}")
 
@@ -83,7 +81,7 @@ def check_images(
     if images.shape[1] < channels:
         raise ValueError("images: expected 3 channels like the donors, got 1; make the pool from grey samples")
 
-
+# %% ../../nbs/26_injection.ipynb #e6f7b09e
 def check_batch(
     images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
     masks: torch.Tensor,  # expected: (B, H, W), one of `MASK_DTYPES`, on the same device
@@ -116,7 +114,8 @@ def explain_nothing(
         return ("no image was defect-free, that is, had a mask of zeros only: "
                 "draw batches that hold defect-free images, too; is the background 0 in the masks?")
     if stats.clean == stats.images:
-        return "all images were defect-free, and fill='uniform' has nothing to balance then: are the masks loaded? Otherwise use fill='all'"
+        return ("all images were defect-free, and fill='uniform' has nothing to balance then: "
+                "are the masks loaded? Otherwise use fill='all'")
     if len(stats.injected) == 1:
         return "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
@@ -150,29 +149,29 @@ def goes_through_cpu(
     device: torch.device,  # of the images
     plan: InjectionPlan,
 ) -> bool:
-    "Whether the targets of a plan are copied to the CPU and back: where they are elsewhere, and one is Poisson."
-    return device.type != "cpu" and bool(plan.poisson.any())
-
-# %% ../../nbs/26_injection.ipynb #02-injection-114
-CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
+    "Whether the targets of a plan are copied to the CPU and back: if they are elsewhere, and one is not cut-paste."
+    return device.type != "cpu" and bool((plan.blend != "cutpaste").any())
 
 # %% ../../nbs/26_injection.ipynb #02-injection-115
+CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
+
+
 def check_choices(
-    choices,  # with the fields of `InjectionChoices`
+    inject: "DynamicLabelInjection",  # its fields are checked
 ) -> None:
     "Raise a ValueError for an unknown choice, a TypeError for another type."
-    if not isinstance(choices.pool, DonorPool):
-        raise TypeError(f"pool: expected a DonorPool, got {type(choices.pool).__name__}: "
+    if not isinstance(inject.pool, DonorPool):
+        raise TypeError(f"pool: expected a DonorPool, got {type(inject.pool).__name__}: "
                         "make one by DonorPool(samples)")
-    if isinstance(choices.p_poisson, str) or not 0 <= choices.p_poisson <= 1:
-        raise ValueError(f"p_poisson: expected 0..1, got {choices.p_poisson!r}")
-    for name, known in CHOICES.items():
-        if (value := getattr(choices, name)) not in known:
+    if isinstance(inject.p_poisson, str) or not 0 <= inject.p_poisson <= 1:
+        raise ValueError(f"p_poisson: expected 0..1, got {inject.p_poisson!r}")
+    for name, known in (CHOICES | dict(blend=tuple(BLENDS))).items():
+        if (value := getattr(inject, name)) not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     for name in ("mix_gradients", "grow_label"):
-        if not isinstance(value := getattr(choices, name), (bool, np.bool_)):
+        if not isinstance(value := getattr(inject, name), (bool, np.bool_)):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
-    check_ignore_index(choices.ignore_index, len(choices.pool.classes))
+    check_ignore_index(inject.ignore_index, len(inject.pool.classes))
 
 # %% ../../nbs/26_injection.ipynb #02-injection-115a
 def find_impossible(
@@ -188,37 +187,6 @@ def find_impossible(
                 "Do the training samples show them?")
     return None
 
-# %% ../../nbs/26_injection.ipynb #02-injection-115b
-@dataclass(eq=False)
-class InjectionChoices:
-    """What to inject and how.
-
-    Raises ValueError for an unknown choice, TypeError for another type; warns of what can never be injected."""
-    pool: DonorPool              # the defects to inject, from the training part
-    p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
-    fill: str = "uniform"        # when to stop: "uniform", when the classes are equal; "all", when no clean image is left
-    choose: str = "rarest"       # the class (step a): "rarest"; "random": as many injections, distributed like the pool
-    mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
-    region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, as the authors do
-    grow_label: bool = False     # Poisson: label the margin too, as the authors do
-    ignore_index: int | None = None  # the masks' value for pixels that count for nothing, and keep it; None: the pool's
-
-    @outside_compiler
-    def __post_init__(self):
-        check_choices(self)
-        if self.ignore_index is None:
-            self.ignore_index = self.pool.ignore_index
-        self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
-        self.said = set()  # of warnings
-        if impossible := find_impossible(self.pool, self.fill):
-            warn_caller(impossible)
-
-    def say_once(self, topic: str, message: str | None) -> None:
-        "Warn, unless of this topic nothing need be said, or it was said before."
-        if message and topic not in self.said:
-            warn_caller(message)
-        self.said.add(topic)
-
 # %% ../../nbs/26_injection.ipynb #02-injection-117a
 def doubt_size(
     size: tuple[int, int],  # of the images: height, width
@@ -233,8 +201,19 @@ def doubt_size(
             "and wrong for images resized from them; for those, make the pool from samples of their size")
 
 # %% ../../nbs/26_injection.ipynb #02-injection-117b
+def warn_once(
+    inject: "DynamicLabelInjection",  # its `said` is altered
+    topic: str,
+    message: str | None,  # None: nothing to say
+) -> None:
+    "Warn, unless this injection has warned of the topic before."
+    if message and topic not in inject.said:
+        warn_caller(message)
+    inject.said.add(topic)
+
+
 def examine(
-    inject: InjectionChoices,
+    inject: "DynamicLabelInjection",
     images: torch.Tensor,  # (B, C, H, W)
     masks: torch.Tensor,  # (B, H, W)
 ) -> Shown:
@@ -242,24 +221,24 @@ def examine(
     check_batch(images, masks, inject.pool.channels, len(inject.pool.classes))
     shown = look_at(masks, len(inject.pool.classes), inject.ignore_index)
     if "scale" not in inject.said:
-        inject.say_once("scale", doubt_scale(images))
+        warn_once(inject, "scale", doubt_scale(images))
     if tuple(images.shape[2:]) != inject.pool.size:
-        inject.say_once("size", doubt_size(images.shape[2:], inject.pool))
+        warn_once(inject, "size", doubt_size(images.shape[2:], inject.pool))
     return shown
 
-
+# %% ../../nbs/26_injection.ipynb #02-injection-117c
 def decide(
-    inject: InjectionChoices,
+    inject: "DynamicLabelInjection",
     shown: Shown,  # in the batch
     size: tuple[int, int],  # of its images: height, width
     generator: torch.Generator | None,  # on the CPU; None: torch's global one
 ) -> InjectionPlan:
     "Steps a to d for a batch."
-    return plan_batch(inject.pool, shown, size, inject.p_poisson, inject.fill, inject.choose, generator)
+    return plan_batch(inject.pool, shown, size, inject.p_poisson, inject.fill, inject.choose, generator, inject.blend)
 
-# %% ../../nbs/26_injection.ipynb #02-injection-117c
+# %% ../../nbs/26_injection.ipynb #cd98d59f
 def apply_here(
-    inject: InjectionChoices,
+    inject: "DynamicLabelInjection",
     images: torch.Tensor,  # (B, C, H, W)
     masks: torch.Tensor,  # (B, H, W)
     plan: InjectionPlan,
@@ -267,14 +246,14 @@ def apply_here(
     "Step e for a whole plan, on the device of the images."
     placements = place_donors(inject.pool, plan, images)
     images, masks = copy_batch(images), copy_batch(masks)
-    blend_all(images, placements, inject.mix_gradients, inject.region == "image")
-    for p in placements:
-        write_label(masks, p, inject.grow_label, inject.ignore_index)
+    options = BlendOptions(inject.pool.margin, inject.mix_gradients, inject.region == "image")
+    for placement, region in blend_all(images, placements, options):
+        write_label(masks, placement, region if inject.grow_label else placement.mask, inject.ignore_index)
     return images, masks
 
 
 def apply_plan(
-    inject: InjectionChoices,
+    inject: "DynamicLabelInjection",
     images: torch.Tensor,  # (B, C, H, W)
     masks: torch.Tensor,  # (B, H, W)
     plan: InjectionPlan,
@@ -289,10 +268,31 @@ def apply_plan(
     return after
 
 # %% ../../nbs/26_injection.ipynb #02-injection-118
-class DynamicLabelInjection(InjectionChoices):
+@dataclass(eq=False)
+class DynamicLabelInjection:
     """Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`.
 
-    Gradients do not pass: what is returned is new and detached. `torch.compile` leaves it as it is."""
+    Results are new and detached; no gradients flow through them. `torch.compile` leaves it as it is. Raises ValueError
+    for an unknown choice, TypeError for another type; warns of injections that can never happen."""
+    pool: DonorPool              # the defects to inject, from the training part
+    p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
+    fill: str = "uniform"        # when to stop: "uniform", at equal classes; "all", when no clean image is left
+    choose: str = "rarest"       # the class (step a): "rarest"; "random", as many injections, distributed like the pool
+    mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
+    region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, like the authors
+    grow_label: bool = False     # label all that a blend replaced, the margin too, as the authors do
+    ignore_index: int | None = None  # the masks' value for pixels that count for nothing and keep it; None: the pool's
+    blend: str = "poisson"       # name in `BLENDS` of the blend that `p_poisson` is the probability of
+
+    @outside_compiler
+    def __post_init__(self):
+        check_choices(self)
+        if self.ignore_index is None:
+            self.ignore_index = self.pool.ignore_index
+        self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
+        self.said = set()  # topics of warnings
+        if impossible := find_impossible(self.pool, self.fill):
+            warn_caller(impossible)
 
     @outside_compiler
     def make_params(
@@ -300,7 +300,7 @@ class DynamicLabelInjection(InjectionChoices):
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`: 0 background, 1..K; defect-free = all zero
         generator: torch.Generator | None = None,  # on the CPU; None: torch's global one (reseeded in each worker)
     ) -> InjectionPlan:
-        "Decide everything random, once, on the CPU (steps a to d). Raises an error when the arguments do not fit."
+        "Decide everything random, once, on the CPU (steps a to d). Raises an error if the arguments do not fit."
         check_generator(generator)
         shown = look_at(masks, len(self.pool.classes), self.ignore_index)
         return decide(self, shown, tuple(masks.shape[1:]), generator)
@@ -312,7 +312,7 @@ class DynamicLabelInjection(InjectionChoices):
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
         plan: InjectionPlan,  # made for these masks and this pool
     ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
-        "Apply a plan; the same plan gives the same result to the last bit. Raises ValueError when the arguments do not fit."
+        "Apply a plan, with the same result each time, to the last bit. Raises ValueError if the arguments do not fit."
         examine(self, images, masks)
         check_plan(plan, self.pool, images)
         return apply_plan(self, images, masks, plan)
@@ -324,15 +324,13 @@ class DynamicLabelInjection(InjectionChoices):
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
         generator: torch.Generator | None = None,  # on the CPU; None: torch's global one (reseeded in each worker)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
-        "Inject: `transform` by the plan of `make_params`, and count. Raises an error when the arguments do not fit."
+        "Inject: `transform` by the plan of `make_params`, and count. Raises an error if the arguments do not fit."
         check_generator(generator)
         shown = examine(self, images, masks)
         plan = decide(self, shown, tuple(masks.shape[1:]), generator)
         after = apply_plan(self, images, masks, plan)
         update_stats(self.stats, self.pool, shown, plan)
         return after
-
-    forward = __call__
 
 # %% ../../nbs/26_injection.ipynb #02-injection-123a
 def check_shown(
@@ -343,12 +341,37 @@ def check_shown(
     classes: tuple[str, ...],  # class names
     ignore_index: int | None = None,  # the masks' value for pixels that count for nothing
 ) -> None:
-    "Raise a ValueError when a plan names images or classes that are not there, or masks hold what is no class."
-    check_columns(plan)
+    "Raise a ValueError if a plan names images or classes that are not there, or masks hold what is no class."
+    check_type(plan)
     look_at(masks, len(classes), ignore_index)
     images = min(map(len, (before, after, masks)))
     check_numbers(plan, dict(target=(0, images - 1)), f"pass the batch of this plan, not {images} images")
     check_numbers(plan, dict(label=(1, len(classes))), f"pass the class names of the plan's pool, not {tuple(classes)}")
+
+# %% ../../nbs/26_injection.ipynb #bf450256
+def bare_axes(axes: np.ndarray) -> None:
+    "Axes for pictures only, in two rows: before and after."
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, row in zip(axes[:, 0], ("before", "after")):
+        ax.set_ylabel(row, fontsize=7)
+
+
+def show_injection(
+    axes: np.ndarray,  # (2,)
+    before: torch.Tensor,  # (C, H, W)
+    after: torch.Tensor,  # (C, H, W)
+    mask: torch.Tensor,  # (H, W)
+    ignore_index: int | None,
+) -> None:
+    "An image before and after its injection, with its label."
+    from dli.pictures import draw_contours
+
+    for ax, x in zip(axes, (before, after)):
+        white = 255 if x.dtype == torch.uint8 else 1
+        ax.imshow(x.detach().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=white)
+    draw_contours(axes[1], mask.cpu().numpy(), linewidth=0.7, ignore_index=ignore_index)
 
 # %% ../../nbs/26_injection.ipynb #02-injection-124
 @outside_compiler
@@ -360,23 +383,21 @@ def show_batch(
     classes: tuple[str, ...],  # class names
     limit: int = 8,  # injections shown at most
     ignore_index: int | None = None,  # the masks' value for pixels that count for nothing; None: there are none
-) -> Figure:
-    "The clean targets of a batch, and what became of them. Raises ValueError when the plan is of another batch or other classes."
+) -> "matplotlib.figure.Figure":
+    "The clean targets of a batch, and what became of them. Raises ValueError if the plan does not fit the others."
+    import matplotlib.pyplot as plt
+
+    from dli.pictures import drawable
+
     check_shown(before, after, masks, plan, classes, ignore_index)
     n = min(len(plan), limit)
     fig, axes = plt.subplots(2, max(n, 1), figsize=(1.3 * max(n, 1), 3), dpi=80, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for ax, row in zip(axes[:, 0], ("before", "after")):
-        ax.set_ylabel(row, fontsize=7)
+    bare_axes(axes)
     if n == 0:
         axes[0, 0].set_title("nothing injected", fontsize=7)
-    for i, t in enumerate(plan.target[:n]):
-        for ax, x in zip(axes[:, i], (before, after)):
-            ax.imshow(x[t].detach().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255 if x.dtype == torch.uint8 else 1)
-        draw_contours(axes[1, i], masks[t].cpu().numpy(), linewidth=0.7, ignore_index=ignore_index)
-        title = f"{drawable(classes[plan.label[i] - 1])}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}"
+    for i in range(n):
+        show_injection(axes[:, i], before[plan.target[i]], after[plan.target[i]], masks[plan.target[i]], ignore_index)
+        title = f"{drawable(classes[plan.label[i] - 1])}\n{drawable(plan.blend[i])}"
         axes[0, i].set_title(title, fontsize=7, parse_math=False)
     fig.tight_layout(pad=0.3)
     plt.close(fig)

@@ -6,8 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/21_multigrid.ipynb #f103115e
+import sys
 from functools import lru_cache
 
+import cv2
 import numpy as np
 from numba import njit
 from numba.core.caching import FunctionCache
@@ -15,13 +17,22 @@ from numba.core.caching import FunctionCache
 from .poisson import MOST_CYCLES, NOT_FINITE, NO_SOLUTION, TOLERANCE
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-066b
+@lru_cache
+def announce() -> None:
+    "Print one line, the first time that something must be compiled in this process."
+    print("dli: compiling the blending kernels for this machine, once; this takes some seconds", file=sys.stderr)
+
+
 class ForgivingCache(FunctionCache):
-    "numba's files of compiled code. What can't be read counts as not there; what can't be written is not kept."
+    "numba's files of compiled code. An unreadable file counts as missing; code that cannot be written is not kept."
     def load_overload(self, sig, target_context):
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:
-            return None  # a damaged file raises whatever its bytes happen to mean
+            found = None  # a damaged file raises whatever its bytes happen to mean
+        if found is None:
+            announce()
+        return found
 
     def save_overload(self, sig, data):
         try:
@@ -30,12 +41,14 @@ class ForgivingCache(FunctionCache):
             pass  # no room, no permission, no folder any more
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-067
-def compiled(function):
-    """Compile with numba, and keep the result in a file where there is a folder for it.
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # fast floating-point rules, without those that would rule out NaN
 
-    Cells of a notebook are not kept: numba would not see what they call change."""
-    fast = {"reassoc", "contract", "nsz", "arcp"}  # not those that would rule out NaN
-    dispatcher = njit(nogil=True, error_model="numpy", fastmath=fast)(function)
+
+def compiled(function):
+    """Decorator: a kernel, compiled by numba when it is first called; the code is kept in a file where possible.
+
+    Kernels defined in a notebook are not kept: numba would not notice when a function they call changes."""
+    dispatcher = njit(nogil=True, error_model="numpy", fastmath=FAST, no_cfunc_wrapper=True)(function)
     if function.__module__ == "__main__":
         return dispatcher
     try:
@@ -52,7 +65,7 @@ DEGREE, WEIGHT, VALUE, RIGHT = range(4)  # the wires of a pixel, 1 / that, x and
 def level_table(
     h: int,  # pixels of the region's box
     w: int,
-) -> tuple[np.ndarray, int]:  # int (levels, 3): where each level begins, its padded rows, its padded half-rows; the length of all
+) -> tuple[np.ndarray, int]:  # int (levels, 3): start, padded rows, padded half-rows of each; length of all
     "Where the levels lie in memory, from fine to coarse."
     table, end = [], 0
     while not table or max(h, w) > 1:
@@ -83,12 +96,9 @@ def add_neighbours(
     for colour in range(2):
         other, out = x[1 - colour], y[colour]
         for i in range(1, x.shape[1] - 1):
-            if (i + colour) & 1:
-                for k in range(1, x.shape[2] - 1):
-                    out[i, k] = other[i - 1, k] + other[i + 1, k] + other[i, k] + other[i, k - 1]
-            else:
-                for k in range(1, x.shape[2] - 1):
-                    out[i, k] = other[i - 1, k] + other[i + 1, k] + other[i, k] + other[i, k + 1]
+            beside = other[i, 0 if (i + colour) & 1 else 2:]  # the left neighbour, or the right one, of pixel 1
+            for k in range(1, x.shape[2] - 1):
+                out[i, k] = other[i - 1, k] + other[i + 1, k] + other[i, k] + beside[k - 1]
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-079
 @compiled
@@ -99,12 +109,9 @@ def relax_colour(
     "`relax`, in colours."
     weight, b, own, other = level[WEIGHT, colour], level[RIGHT, colour], level[VALUE, colour], level[VALUE, 1 - colour]
     for i in range(1, own.shape[0] - 1):
-        if (i + colour) & 1:
-            for k in range(1, own.shape[1] - 1):
-                own[i, k] = weight[i, k] * (b[i, k] + other[i - 1, k] + other[i + 1, k] + other[i, k] + other[i, k - 1])
-        else:
-            for k in range(1, own.shape[1] - 1):
-                own[i, k] = weight[i, k] * (b[i, k] + other[i - 1, k] + other[i + 1, k] + other[i, k] + other[i, k + 1])
+        beside = other[i, 0 if (i + colour) & 1 else 2:]
+        for k in range(1, own.shape[1] - 1):
+            own[i, k] = weight[i, k] * (b[i, k] + other[i - 1, k] + other[i + 1, k] + other[i, k] + beside[k - 1])
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-081
 @compiled
@@ -200,11 +207,26 @@ def scalar_product(x, y):
 
 @compiled
 def all_within(x, bound):
-    "Is no value of x (n,) further from 0 than bound? (NaN is.)"
+    "Whether no value of x (n,) is further from 0 than bound; NaN is."
     beyond = 0
     for i in range(len(x)):
         beyond += 0 if abs(x[i]) <= bound else 1
     return beyond == 0
+
+# %% ../../nbs/21_multigrid.ipynb #01-blending-096b
+@compiled
+def remove_mean(
+    x,  # float32 (n,), values: written
+    degree,  # (n,), positive in the region
+):
+    "Subtract the region's mean in the region."
+    total, n = 0.0, 0
+    for i in range(len(x)):
+        if degree[i] > 0:
+            total, n = total + x[i], n + 1
+    for i in range(len(x)):
+        if degree[i] > 0:
+            x[i] -= total / n
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-091
 @compiled
@@ -228,8 +250,8 @@ def weigh_levels(
     for l in range(len(table)):
         fine, coarse = get_level(work, table, l), get_level(work, table, min(l + 1, len(table) - 1))
         if l + 1 < len(table):
-            gather_blocks(fine[WEIGHT], coarse[WEIGHT])
-            gather_blocks(fine[VALUE], coarse[VALUE])
+            for what in (WEIGHT, VALUE):
+                gather_blocks(fine[what], coarse[what])
             inside = coarse[VALUE].ravel()
             for i in range(len(inside)):
                 inside[i] = min(inside[i], np.float32(1))
@@ -243,120 +265,123 @@ def cycle_levels(
     top,  # level to begin at
 ):
     "`v_cycle`, in place."
-    for l in range(top, len(table) - 1):
-        fine, coarse = get_level(work, table, l), get_level(work, table, l + 1)
-        for colour in (0, 1):
-            relax_colour(fine, colour)
-        gather_residual(fine, coarse)
-        clear(coarse[VALUE].ravel())
-    for l in range(len(table) - 1, top - 1, -1):
-        fine = get_level(work, table, l)
-        if l < len(table) - 1:
-            spread_blocks(get_level(work, table, l + 1), fine, 0)
-        for colour in (1, 0):
-            relax_colour(fine, colour)
+    last = len(table) - 1
+    for step in range(top, 2 * last - top + 1):
+        down, l = step < last, min(step, 2 * last - step)
+        fine, coarse = get_level(work, table, l), get_level(work, table, min(l + 1, last))
+        if not down and l < last:
+            spread_blocks(coarse, fine, np.int64(0))  # a plain 0 would be compiled separately
+        for half in range(2):
+            relax_colour(fine, half if down else 1 - half)
+        if down:
+            gather_residual(fine, coarse)
+            clear(coarse[VALUE].ravel())
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-096
 @compiled
-def multigrid(
+def begin_level(
     work,  # see `get_level`: written
     table,
-    start,  # 0 for a V-cycle, the coarsest level for full multigrid
+    l,  # level
+    colour,  # of the pixels that take their block's value on the next coarser level; -1: all are 0
 ):
-    "`v_cycle` from 0, or `full_multigrid`, in place."
-    for l in range(start):
+    "The first values of a level."
+    fine = get_level(work, table, l)
+    clear(fine[VALUE].ravel())
+    if colour >= 0:
+        spread_blocks(get_level(work, table, l + 1), fine, colour)
+
+
+@compiled
+def gather_right_sides(
+    work,  # see `get_level`: written
+    table,
+):
+    "Sum the right side over blocks, level by level."
+    for l in range(len(table) - 1):
         gather_blocks(get_level(work, table, l)[RIGHT], get_level(work, table, l + 1)[RIGHT])
-    clear(get_level(work, table, start)[VALUE].ravel())
+
+# %% ../../nbs/21_multigrid.ipynb #11f21868
+def multigrid(
+    work: np.ndarray,  # see `get_level`: written
+    table: np.ndarray,  # see `level_table`
+    start: int,  # 0 for a V-cycle, the coarsest level for full multigrid
+) -> None:
+    "`v_cycle` from 0, or `full_multigrid`, in place."
+    if start:
+        gather_right_sides(work, table)
     for l in range(start, -1, -1):
-        if l < start:
-            fine = get_level(work, table, l)
-            clear(fine[VALUE].ravel())
-            spread_blocks(get_level(work, table, l + 1), fine, 1)
+        begin_level(work, table, l, 1 if l < start else -1)
         cycle_levels(work, table, l)
 
-# %% ../../nbs/21_multigrid.ipynb #01-blending-096b
+# %% ../../nbs/21_multigrid.ipynb #3578e4f6
 @compiled
-def remove_mean(
-    x,  # float32 (n,), values: written
-    degree,  # (n,), positive in the region
-):
-    "Subtract the region's mean in the region."
-    total, n = 0.0, 0
-    for i in range(len(x)):
-        if degree[i] > 0:
-            total, n = total + x[i], n + 1
-    for i in range(len(x)):
-        if degree[i] > 0:
-            x[i] -= total / n
-
-# %% ../../nbs/21_multigrid.ipynb #01-blending-097
-@compiled
-def solve_channel(
-    work,  # see `get_level`, with levels weighed: written
-    table,
-    field,  # (2, h, w): b; the solution is written there
-    p,  # (2, h, w): written
-    q,  # (2, h, w): written
+def step_channel(
+    fine,  # (4, 2, h, w), the finest level, VALUE as a cycle left it: written
+    field,  # (2, h, w): the solution so far: written
+    p,  # (2, h, w), the last direction: written
+    q,  # (2, h, w), what the equations make of it: written
+    pq,  # float32, their scalar product
     tolerance,  # float32
-    free,  # bool: no pixel is held
-):  # cycles, or more than `MOST_CYCLES`
+):  # whether this is the solution; the new scalar product
+    "One step of conjugate gradients."
+    degree, z, b, x = fine[DEGREE].ravel(), fine[VALUE].ravel(), fine[RIGHT].ravel(), field.ravel()
+    p1, q1 = p.ravel(), q.ravel()
+    if all_within(z, tolerance):
+        add_scaled(x, z, np.float32(1))
+        return True, pq
+    scale_and_add(p1, -scalar_product(z, q1) / pq, z)
+    add_neighbours(p, q)
+    for i in range(len(q1)):
+        q1[i] = degree[i] * p1[i] - q1[i]
+    pq = scalar_product(p1, q1)
+    step = scalar_product(b, p1) / pq
+    add_scaled(x, p1, step)
+    add_scaled(b, q1, -step)
+    return False, pq
+
+# %% ../../nbs/21_multigrid.ipynb #2ccb96a5
+def solve_channel(
+    work: np.ndarray,  # see `get_level`, with levels weighed: written
+    table: np.ndarray,  # see `level_table`
+    field: np.ndarray,  # float32 (2, h, w): b; the solution is written there
+    tolerance: np.float32,
+    free: bool,  # no pixel is held
+) -> int:  # cycles, or more than `MOST_CYCLES`
     "`solve_levels` for one image and channel, in place."
     fine = get_level(work, table, 0)
-    degree, z, b, x, p1, q1 = fine[DEGREE].ravel(), fine[VALUE].ravel(), fine[RIGHT].ravel(), field.ravel(), p.ravel(), q.ravel()
-    for i in range(len(b)):
-        b[i], x[i], p1[i], q1[i] = x[i], 0, 0, 0
+    p, q = np.zeros((2, *field.shape), np.float32)
+    fine[RIGHT], field[...], pq = field, 0, 1
     if free:
-        remove_mean(b, degree)
-    pq = np.float32(1)
+        remove_mean(fine[RIGHT].ravel(), fine[DEGREE].ravel())
     for cycle in range(MOST_CYCLES):
-        multigrid(work, table, len(table) - 1 if cycle == 0 else 0)
+        multigrid(work, table, 0 if cycle else len(table) - 1)
         if free:
-            remove_mean(z, degree)
-        if all_within(z, tolerance):
-            add_scaled(x, z, np.float32(1))
+            remove_mean(fine[VALUE].ravel(), fine[DEGREE].ravel())
+        solved, pq = step_channel(fine, field, p, q, np.float32(pq), tolerance)
+        if solved:
             return cycle + 1
-        scale_and_add(p1, -scalar_product(z, q1) / pq, z)
-        add_neighbours(p, q)
-        for i in range(len(q1)):
-            q1[i] = degree[i] * p1[i] - q1[i]
-        pq = scalar_product(p1, q1)
-        step = scalar_product(b, p1) / pq
-        add_scaled(x, p1, step)
-        add_scaled(b, q1, -step)
     return MOST_CYCLES + 1
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-099
-@compiled
-def find_box(
-    mask,  # bool (H, W)
-):  # first row, end row, first column, end column; all 0 if the mask is empty
+def mask_box(
+    mask: np.ndarray,  # bool (H, W)
+) -> tuple[int, int, int, int]:  # first row, end row, first column, end column; all 0 if the mask is empty
     "The smallest box that holds the mask."
-    h, w = mask.shape
-    top, bottom, left, right, columns = h, 0, w, 0, np.zeros(w, np.bool_)
-    for i in range(h):
-        some = False
-        for j in range(w):
-            some |= mask[i, j]
-        if some:
-            top, bottom = min(top, i), i + 1
-            for j in range(w):
-                columns[j] |= mask[i, j]
-    for j in range(w):
-        if columns[j]:
-            left, right = min(left, j), j + 1
-    return (top, bottom, left, right) if bottom else (0, 0, 0, 0)
+    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
+    return top, top + height, left, left + width
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-102
 @compiled
 def load_known(
-    dst,  # (C, H, W), any type
+    dst,  # float64 (C, H, W)
     src,  # like dst
     mask,  # bool (H, W)
-    box,  # see `find_box`
+    box,  # see `mask_box`
     level,  # (4, 2, h, w) of zeros: the region is written to VALUE, held pixels to DEGREE
     fields,  # (C, 2, h, w) of zeros: dst - src of held pixels is written
 ):
-    "Colour by colour what the equations are made of."
+    "Note the region, the held pixels and their values, colour by colour."
     top, bottom, left, right = box
     for i in range(max(top - 1, 0), min(bottom + 1, mask.shape[0])):
         for j in range(max(left - 1, 0), min(right + 1, mask.shape[1])):
@@ -366,35 +391,56 @@ def load_known(
             else:
                 level[DEGREE, colour, y, x] = 1
                 for c in range(len(dst)):
-                    fields[c, colour, y, x] = float(dst[c, i, j]) - float(src[c, i, j])
+                    fields[c, colour, y, x] = dst[c, i, j] - src[c, i, j]
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-103
 @compiled
+def sum_held(
+    x,  # (2, h, w)
+    inside,  # (2, h, w): 1 in the region, 0 outside
+    y,  # (2, h, w): written
+):
+    "Sums over neighbours for the pixels of the region, 0 elsewhere."
+    add_neighbours(x, y)
+    values, factor = y.ravel(), inside.ravel()
+    for i in range(len(values)):
+        values[i] *= factor[i]
+
+
 def load_right_side(
-    level,  # (4, 2, h, w), from `load_known`: the wires to held pixels are written to WEIGHT
-    fields,  # (C, 2, h, w), likewise: b is written
-):  # bool: is any pixel held?
-    "Sum over the held neighbours."
-    add_neighbours(level[DEGREE], level[WEIGHT])
-    inside, ground, right, held = level[VALUE].ravel(), level[WEIGHT].ravel(), level[RIGHT].ravel(), np.float32(0)
-    for i in range(len(inside)):
-        ground[i] *= inside[i]
-        held += ground[i]
-    for c in range(len(fields)):
-        add_neighbours(fields[c], level[RIGHT])
-        b = fields[c].ravel()
-        for i in range(len(b)):
-            b[i] = inside[i] * right[i]
-    return held > 0
+    level: np.ndarray,  # (4, 2, h, w), from `load_known`: the wires to held pixels are written to WEIGHT
+    fields: np.ndarray,  # (C, 2, h, w), likewise: b is written
+) -> bool:  # whether any pixel is held
+    "b: the sums over held neighbours."
+    sum_held(level[DEGREE], level[VALUE], level[WEIGHT])
+    for field in fields:
+        sum_held(field, level[VALUE], level[RIGHT])
+        field[...] = level[RIGHT]
+    return bool(level[WEIGHT].any())
+
+# %% ../../nbs/21_multigrid.ipynb #9c77f9a1
+@compiled
+def stronger_step(
+    s,  # float64, step of the source
+    t,  # float64, step of the target
+    single,  # bool: round to float32
+):  # float64: by how much the target's step exceeds the source's; 0 if the source's is used
+    "What mixed gradients change at an edge."
+    if single:
+        s, t = float(np.float32(s)), float(np.float32(t))
+    if abs(t) <= 1.001 * abs(s):
+        return 0.0
+    return float(np.float32(t - s)) if single else t - s
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-105
 @compiled
 def add_stronger_steps(
-    dst,  # (C, H, W), any type
+    dst,  # float64 (C, H, W)
     src,  # like dst
     mask,  # bool (H, W)
-    box,  # see `find_box`
+    box,  # see `mask_box`
     fields,  # (C, 2, h, w): b, added to
+    single,  # bool: the images were float32, so steps are rounded to float32
 ):
     "The part of `right_side` that mixed gradients add."
     top, bottom, left, right = box
@@ -406,37 +452,28 @@ def add_stronger_steps(
                 if m == mask.shape[0] or n == mask.shape[1] or not (mask[i, j] or mask[m, n]):
                     continue
                 for c in range(len(dst)):
-                    s, t = float(src[c, m, n]) - float(src[c, i, j]), float(dst[c, m, n]) - float(dst[c, i, j])
-                    if abs(t) <= 1.001 * abs(s):
-                        continue
+                    excess = stronger_step(src[c, m, n] - src[c, i, j], dst[c, m, n] - dst[c, i, j], single)
                     if mask[i, j]:
-                        fields[c, colour, y, x] -= t - s
+                        fields[c, colour, y, x] -= excess
                     if mask[m, n]:
-                        fields[c, 1 - colour, y + down, ((n - left) >> 1) + 1] += t - s
+                        fields[c, 1 - colour, y + down, ((n - left) >> 1) + 1] += excess
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-107
-@compiled
-def widen_range(
-    image,  # (C, H, W)
-    box,  # see `find_box`
-    low,
-    high,
-):  # low, high
-    "A range that holds that and the image's values in and around the box."
-    top, bottom, left, right = box
-    for c in range(len(image)):
-        for i in range(max(top - 1, 0), min(bottom + 1, image.shape[1])):
-            for j in range(max(left - 1, 0), min(right + 1, image.shape[2])):
-                low, high = min(low, image[c, i, j]), max(high, image[c, i, j])
-    return low, high
+def value_span(
+    dst: np.ndarray,  # (C, h, w), the box and one pixel around it, where values are finite
+    src: np.ndarray,  # like dst
+) -> tuple[float, float]:  # low, high
+    "The range of results for floats: 0..1, or as far as the images go."
+    low = min(0.0, *(float(np.fmin.reduce(x, None)) for x in (dst, src)))
+    return low, max(1.0, *(float(np.fmax.reduce(x, None)) for x in (dst, src)))
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-108
 @compiled
 def store_sum(
-    out,  # (C, H, W): written, inside the mask
-    src,  # (C, H, W)
+    out,  # float64 (C, H, W): written, inside the mask
+    src,  # float64 (C, H, W)
     mask,  # bool (H, W)
-    box,  # see `find_box`
+    box,  # see `mask_box`
     fields,  # (C, 2, h, w), the corrections h
     shift,  # (C,), added, too
     low,  # results are clamped to low..high
@@ -450,7 +487,8 @@ def store_sum(
         for i in range(top, bottom):
             for j in range(left, right):
                 if mask[i, j]:
-                    g = float(src[c, i, j]) + shift[c] + fields[c, (i - top + j - left) & 1, i - top + 1, ((j - left) >> 1) + 1]
+                    colour, y, x = (i - top + j - left) & 1, i - top + 1, ((j - left) >> 1) + 1
+                    g = src[c, i, j] + shift[c] + fields[c, colour, y, x]
                     wrong += 0 if abs(g) < np.inf else 1
                     g = min(max(g, low), high)
                     out[c, i, j] = np.rint(g) if whole else g
@@ -458,23 +496,24 @@ def store_sum(
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-110
 def solve_window(
-    dst: np.ndarray,  # (C, H, W)
+    dst: np.ndarray,  # float64 (C, H, W)
     src: np.ndarray,  # like dst
     mask: np.ndarray,  # bool (H, W)
-    box: tuple[int, int, int, int],  # see `find_box`
+    box: tuple[int, int, int, int],  # see `mask_box`
     mix_gradients: bool,  # see `guidance`
+    single: bool,  # see `stronger_step`
     tolerance: float,  # in the images' units
-) -> tuple[np.ndarray, bool, int]:  # float32 (C, 2, h, w), h in colours; is any pixel held?; the most cycles a channel took
-    "The corrections h for one window. Raises ValueError for what never converges."
+) -> tuple[np.ndarray, bool, int]:  # float32 (C, 2, h, w), h in colours; is a pixel held; most cycles
+    "The corrections h for one window. Raises ValueError if there is no solution after `MOST_CYCLES`."
     table, length = level_table(box[1] - box[0], box[3] - box[2])
     work, fields = np.zeros(length, np.float32), np.zeros((len(dst), 2, *table[0, 1:]), np.float32)
-    load_known(dst, src, mask, box, get_level(work, table, 0), fields)
-    held = load_right_side(get_level(work, table, 0), fields)
+    finest = get_level(work, table, 0)
+    load_known(dst, src, mask, box, finest, fields)
+    held = load_right_side(finest, fields)
     if mix_gradients:
-        add_stronger_steps(dst, src, mask, box, fields)
+        add_stronger_steps(dst, src, mask, box, fields, single)
     weigh_levels(work, table)
-    p, q = np.empty((2, *fields.shape[1:]), np.float32)
-    cycles = max(solve_channel(work, table, field, p, q, np.float32(tolerance), not held) for field in fields)
+    cycles = max(solve_channel(work, table, field, np.float32(tolerance), not held) for field in fields)
     if cycles > MOST_CYCLES:
         raise ValueError(NO_SOLUTION)
     return fields, held, cycles
@@ -486,16 +525,23 @@ def blend_window(
     mask: np.ndarray,  # bool (H, W)
     mix_gradients: bool,  # see `guidance`
 ) -> None:
-    "Blend one window in place, compiled."
-    box, whole = find_box(mask), dst.dtype == np.uint8
-    if not box[1]:
+    "Blend one window in place, compiled. Raises ValueError for NaN and infinite values in the region."
+    top, bottom, left, right = mask_box(mask)
+    if not bottom:
         return
-    low, high = (0.0, 255.0) if whole else widen_range(src, box, *widen_range(dst, box, 0.0, 1.0))
-    fields, held, _ = solve_window(dst, src, mask, box, mix_gradients, TOLERANCE * (high - low) / 255)
+    rows, columns = slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
+    target, mask = dst[:, rows, columns], np.ascontiguousarray(mask[rows, columns])
+    box = top - rows.start, bottom - rows.start, left - columns.start, right - columns.start
+    known, source = (np.array(x, np.float64, order="C") for x in (target, src[:, rows, columns]))
+    whole, single = dst.dtype == np.uint8, dst.dtype == np.float32
+    low, high = (0.0, 255.0) if whole else value_span(known, source)
+    tolerance = TOLERANCE * (high - low) / 255
+    fields, held, _ = solve_window(known, source, mask, box, mix_gradients, single, tolerance)
     shift = np.zeros(len(dst))
     if not held:
-        free = np.empty(dst.shape)
-        store_sum(free, src, mask, box, fields, shift, -np.inf, np.inf, False)
+        free = np.empty(known.shape)
+        store_sum(free, source, mask, box, fields, shift, -np.inf, np.inf, False)
         shift = dst.mean((1, 2)) - free.mean((1, 2))
-    if store_sum(dst, src, mask, box, fields, shift, low, high, whole):
+    if store_sum(known, source, mask, box, fields, shift, low, high, whole):
         raise ValueError(NOT_FINITE)
+    np.copyto(target, known, where=mask, casting="unsafe")

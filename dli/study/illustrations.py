@@ -73,7 +73,7 @@ def telling_step(
     for step in range(200):
         masks = as_batch(train, shuffled(len(train), batch_size, seed, step).numpy())[1]
         plan = inject.make_params(masks, chance(seed, "injections", step))
-        if len(set(plan.label)) >= 3 and len(set(plan.poisson)) == 2:
+        if len(set(plan.label)) >= 3 and len(set(plan.blend)) == 2:
             return step
     return 0
 
@@ -113,7 +113,7 @@ def draw_injections(
         donor, color = pool.donors[plan.donor[i]], f"C{plan.label[i]}"
         column[0].text(0.5, -0.06, "+", color=color, fontsize=11, ha="center", va="top", transform=column[0].transAxes)
         draw_photo(column[1], torch.from_numpy(donor.image), torch.from_numpy(donor.mask * int(plan.label[i])))
-        column[1].set_title(f"{pool.classes[plan.label[i] - 1]}\n{'Poisson' if plan.poisson[i] else 'cut-paste'}",
+        column[1].set_title(f"{pool.classes[plan.label[i] - 1]}\n{'Poisson' if plan.blend[i] == 'poisson' else 'cut-paste'}",
                             color=color, fontsize=7, pad=2)
         connect(figure, column[1], column[2], color)
 
@@ -222,9 +222,9 @@ def fig8_blends(
     images, masks = as_batch(train, targets)
     plan = draw_plan(pool, np.arange(len(donors)), donors, pool.size, 0.5, torch.Generator().manual_seed(seed))
     inject = DynamicLabelInjection(pool)
-    blend = lambda poisson: inject.transform(images, masks, replace(plan, poisson=np.full(len(plan), poisson)))
+    blend = lambda name: inject.transform(images, masks, replace(plan, blend=[name] * len(plan)))
     figure, axes = plt.subplots(len(donors), 5, figsize=(6, 1.2 * len(donors) + 0.6))
-    (poisson, placed), (pasted, _) = blend(True), blend(False)
+    (poisson, placed), (pasted, _) = blend("poisson"), blend("cutpaste")
     for axs, d, *pictures in zip(axes, donors, images, poisson, pasted, placed):
         draw_blends(axs, train, pool, d, *pictures)
     for ax, title in zip(axes[0], ("(a) defect-free", "(b) donor", "(c) its mask", "(d) Poisson", "(e) cut-paste")):
