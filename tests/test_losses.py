@@ -633,7 +633,7 @@ def test_a_moved_loss_copies_nothing_from_the_cpu(name, monkeypatch):
     assert all(x.dtype == torch.float64 for x in loss.buffers())
 
 
-@pytest.mark.parametrize("name", NEEDED_COUNTS)
+@pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row.counts])
 def test_a_loss_that_was_not_moved_copies_its_weights(name, monkeypatch):
     patch(monkeypatch, "values_can_be_read", lambda tensor: False)
     with Devices() as devices:
