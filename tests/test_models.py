@@ -315,6 +315,7 @@ def test_a_broken_download_names_the_alternatives(tmp_path, monkeypatch):
 
 UNREACHABLE = """
 import time
+import huggingface_hub, segmentation_models_pytorch, timm  # before the time is taken
 from dli.network.models import ENCODERS, WeightsUnavailable, lightweight_unet
 for name in ("resnet18", "resnest50d", "mobileone_s1"):
     start = time.perf_counter()
