@@ -15,11 +15,11 @@ from sklearn.metrics import jaccard_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dli.data.masks import one_hot, values_can_be_read
-from dli.data.magnetic import MT_CLASSES, find_magnetic_tiles
-from dli.network.weights import effective_weights, image_weights, pixel_weights
-from dli.network.losses import LOSSES, NEEDED_COUNTS, Dice, FocalOfMeans, Lovasz, WeightedBCE, lovasz_slopes, make_loss
 from conftest import patch
+from dli.data.magnetic import MT_CLASSES, find_magnetic_tiles
+from dli.data.masks import one_hot, values_can_be_read
+from dli.network.losses import LOSSES, Dice, FocalOfMeans, Loss, Lovasz, WeightedBCE, lovasz_slopes, make_loss
+from dli.network.weights import authors_weights, effective_weights, image_weights, pixel_weights
 
 IMAGES, PIXELS = [92, 68, 46, 26, 82], [700, 10540, 820, 15990, 71950]
 seeds = st.integers(0, 2**31 - 1)
@@ -45,10 +45,16 @@ def test_one_hot_and_back(seed, classes, dtype):
     assert torch.equal((target * torch.arange(1, classes + 1)[:, None, None]).sum(1), masks.long())
 
 
-@pytest.mark.parametrize("masks, words", [(torch.zeros(2, 3, 3), "integers .B, H, W.,.* got torch.float32"),
-                                          (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
-                                          (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"), (torch.full((1, 2, 2), -1), r"got -1..-1"),
-                                          (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool")])
+@pytest.mark.parametrize(
+    "masks, words",
+    [
+        (torch.zeros(2, 3, 3), "integers .B, H, W.,.* got torch.float32"),
+        (torch.zeros(3, 3, dtype=torch.int64), r"got torch.int64 \(3, 3\)"),
+        (torch.full((1, 2, 2), 255), r"values 0..5, got 255..255"),
+        (torch.full((1, 2, 2), -1), r"got -1..-1"),
+        (torch.zeros(1, 2, 2, dtype=torch.bool), "got torch.bool"),
+    ],
+)
 def test_one_hot_refuses(masks, words):
     with pytest.raises(ValueError, match=words):
         one_hot(masks, 5)
@@ -82,7 +88,11 @@ def parts_by_hand(name, logits, masks, dice):
 @settings(max_examples=10, deadline=None)
 def test_formula(name, dice, seed):
     logits, masks = batch(seed)
-    np.testing.assert_allclose([x.item() for x in loss_of(name, dice=dice).parts(logits, masks)], parts_by_hand(name, logits, masks, dice), rtol=1e-6)
+    np.testing.assert_allclose(
+        [x.item() for x in loss_of(name, dice=dice).parts(logits, masks)],
+        parts_by_hand(name, logits, masks, dice),
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -97,7 +107,9 @@ def test_the_total_is_the_mean_of_the_parts(name):
 def test_lovasz_of_decisions_is_the_jaccard_loss(seed):
     decisions, masks = batch(seed, k=3)
     target = one_hot(masks % 3, 3)  # the third class is absent
-    expected = [1 - jaccard_score(target[:, k].flatten(), decisions[:, k].flatten() > 0, zero_division=0.0) for k in range(2)]
+    expected = [
+        1 - jaccard_score(target[:, k].flatten(), decisions[:, k].flatten() > 0, zero_division=0.0) for k in range(2)
+    ]
     np.testing.assert_allclose(Lovasz()(decisions.sign() * 60, target.double()).item(), np.mean(expected), rtol=1e-6)
 
 
@@ -114,7 +126,9 @@ def test_lovasz_of_probabilities_is_the_extension(seed):
     logits, masks = batch(seed, k=1, b=1)
     target = one_hot(masks, 1)
     errors = (target.double() - logits.sigmoid()).abs().flatten().numpy()
-    np.testing.assert_allclose(Lovasz()(logits, target.double()).item(), lovasz_by_sets(errors, target.flatten().numpy()), rtol=1e-8)
+    np.testing.assert_allclose(
+        Lovasz()(logits, target.double()).item(), lovasz_by_sets(errors, target.flatten().numpy()), rtol=1e-8
+    )
 
 
 def test_lovasz_slopes_add_up_to_the_whole_loss():
@@ -134,7 +148,11 @@ def test_lovasz_takes_the_mean_over_present_channels():
 def test_dice_is_not_smps():
     logits, masks = batch(0)
     target = one_hot(masks, 5).double()
-    values = [Dice("image")(logits, target), Dice("batch")(logits, target), smp.losses.DiceLoss("multilabel")(logits, target)]
+    values = [
+        Dice("image")(logits, target),
+        Dice("batch")(logits, target),
+        smp.losses.DiceLoss("multilabel")(logits, target),
+    ]
     assert len({round(v.item(), 6) for v in values}) == 3
 
 
@@ -142,7 +160,9 @@ def test_dice_is_not_smps():
 @settings(max_examples=20, deadline=None)
 def test_dice_of_one_image_is_the_same_either_way(seed):
     logits, masks = batch(seed, b=1)
-    torch.testing.assert_close(loss_of("baseline", dice="image")(logits, masks), loss_of("baseline", dice="batch")(logits, masks))
+    torch.testing.assert_close(
+        loss_of("baseline", dice="image")(logits, masks), loss_of("baseline", dice="batch")(logits, masks)
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -157,7 +177,10 @@ def test_order_of_images_does_not_matter(name, seed):
 @pytest.mark.parametrize("name", LOSSES)
 def test_memory_layout_does_not_matter(name):
     logits, masks = batch(4)
-    torch.testing.assert_close(loss_of(name)(logits.to(memory_format=torch.channels_last), masks.mT.contiguous().mT), loss_of(name)(logits, masks))
+    torch.testing.assert_close(
+        loss_of(name)(logits.to(memory_format=torch.channels_last), masks.mT.contiguous().mT),
+        loss_of(name)(logits, masks),
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -245,7 +268,9 @@ def test_a_class_without_pixels_has_the_largest_pixel_weight():
 def test_equal_counts_are_the_baseline():
     logits, masks = batch(5)
     for name in ("balanced", "wce", "balanced-authors"):
-        torch.testing.assert_close(make_loss(name, [9] * 5, [9] * 5)(logits, masks), make_loss("baseline")(logits, masks))
+        torch.testing.assert_close(
+            make_loss(name, [9] * 5, [9] * 5)(logits, masks), make_loss("baseline")(logits, masks)
+        )
 
 
 def test_an_absent_class_has_no_part_in_balanced():
@@ -267,6 +292,7 @@ def test_the_authors_weights():
     "Printed by the authors' code; uneven, with the most pixels, weighs the most in their balanced loss."
     wce, balanced = [0.2490, 0.2294, 0.2483, 0.2005, 0.0729], [0.129, 0.140, 0.129, 0.160, 0.441]
     np.testing.assert_allclose(effective_weights(torch.tensor(wce).double(), 0.9999), balanced, atol=6e-4)
+    assert authors_weights([3, 1]) == effective_weights(torch.tensor(pixel_weights([3, 1])).double(), 0.9999)
     pixels = np.round((1 - 4 * np.array(wce)) * 1e6)  # counts that have these weights
     loss = make_loss("balanced-authors", pixels_per_class=pixels).classification
     np.testing.assert_allclose(loss.weights, balanced, atol=6e-4)
@@ -312,8 +338,10 @@ SHUFFLED = (3, 1, 5, 2, 4)
 def test_counts_in_any_order_that_is_certain(counted, classes):
     assert image_weights(counted(), classes=classes) == image_weights(IMAGES)
     assert pixel_weights(counted(), classes) == pixel_weights(IMAGES)
-    for name, argument in NEEDED_COUNTS.items():
-        loss, plain = (make_loss(name, **{argument: c}, classes=k) for c, k in ((counted(), classes), (IMAGES, None)))
+    for name, row in LOSSES.items():
+        if row.counts is None:
+            continue
+        loss, plain = (make_loss(name, **{row.counts: c}, classes=k) for c, k in ((counted(), classes), (IMAGES, None)))
         assert torch.equal(loss.classification.weights, plain.classification.weights)
 
 
@@ -605,7 +633,7 @@ def test_a_moved_loss_copies_nothing_from_the_cpu(name, monkeypatch):
     assert all(x.dtype == torch.float64 for x in loss.buffers())
 
 
-@pytest.mark.parametrize("name", NEEDED_COUNTS)
+@pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row.counts])
 def test_a_loss_that_was_not_moved_copies_its_weights(name, monkeypatch):
     patch(monkeypatch, "values_can_be_read", lambda tensor: False)
     with Devices() as devices:
@@ -671,10 +699,46 @@ def test_captured_in_a_cuda_graph(name):
     torch.testing.assert_close((torch.tensor(captured[0]), captured[1]), (step().detach().cpu(), x.grad))
 
 
+# One row of one table
+
+class Everywhere(torch.nn.Module):
+    "Twice the mean logit: its mean over the pixels that count needs the share itself."
+    takes_share = True
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, logits, target, share=1.0):
+        return 2 * logits.mean() * share
+
+
+def test_a_loss_is_added_by_one_row(monkeypatch):
+    "Its terms, its counts and its weights are read from the row; nothing else knows the name."
+    seen = []
+    row = Loss(Everywhere, lambda dice: seen.append(dice) or Lovasz(), "pixels_per_class", lambda n, classes: [sum(n)])
+    monkeypatch.setitem(LOSSES, "everywhere", row)
+    logits, masks = batch(0)
+    loss = make_loss("everywhere", pixels_per_class=PIXELS, dice="batch", classes=5)
+    expected = 2 * logits.mean(), Lovasz()(logits, one_hot(masks, 5).double())
+    torch.testing.assert_close(loss.parts(logits, masks), expected)
+    assert loss.classification.weights == [sum(PIXELS)] and seen == ["batch"]
+    marked = masks.clone()
+    marked[:, :3] = 255
+    ignoring = make_loss("everywhere", None, PIXELS, ignore_index=255)
+    filled = logits.masked_fill((marked == 255)[:, None], -1e4)
+    torch.testing.assert_close(ignoring.parts(logits, marked)[0], 2 * filled.mean() * 2)
+    with pytest.raises(ValueError, match="loss 'everywhere' needs pixels_per_class"):
+        make_loss("everywhere", images_per_class=IMAGES)
+    with pytest.raises(ValueError, match="expected one of baseline, .*, everywhere, got 'nowhere'"):
+        make_loss("nowhere")
+
+
 # Wrong arguments
 
 @pytest.mark.parametrize("args, words", [
     (dict(name="dice"), "baseline, focal, balanced, wce, lovasz, tversky, focal-authors, balanced-authors, got 'dice'"),
+    (dict(name=["wce"]), "got .'wce'."), (dict(name=None), "got None"),
     (dict(name="wce"), "needs pixels_per_class"),
     (dict(name="balanced", pixels_per_class=[1]), "needs images_per_class"),
     (dict(name="balanced-authors", images_per_class=[1]), "'balanced-authors' needs pixels_per_class: a count per"),

@@ -11,12 +11,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score, roc_auc_score
 
-from dli.files import csv_bytes, read_table
 from dli.data.samples import FREE
 from dli.data.synthetic import synthetic_tiles
+from dli.files import csv_bytes, read_table
 from dli.scoring.metrics import (Comparison, Counts, alarm_scores, alarm_threshold, compare, count_batch, counts_table,
-                                 influence, iou_scores, pooled_iou, resample_tiles, scores, summarize, tile_counts,
-                                 weighted_iou_macro)
+                                 influence, iou_scores, median_images, pooled_iou, resample_tiles, scores, summarize,
+                                 tile_counts, weighted_iou_macro)
 
 CLASSES = ["A", "B", "C"]
 seeds = st.integers(0, 2**31 - 1)
@@ -120,7 +120,9 @@ def test_csv_repeats_the_table_exactly(seed):
     assert again.equals(pd.read_csv(io.StringIO(table.to_csv(index=False))))
 
 
-TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=8) | st.sampled_from(["001", "NA", "nan", "1", "None", "1e3", " a "])
+TEXT = st.text(st.characters(exclude_categories=[]), min_size=1, max_size=8) | st.sampled_from(
+    ["001", "NA", "nan", "1", "None", "1e3", " a "]
+)
 CLASS = TEXT.filter(lambda c: c not in ("macro", "micro", "Free") and not c.startswith("of_images"))
 
 
@@ -129,7 +131,9 @@ CLASS = TEXT.filter(lambda c: c not in ("macro", "micro", "Free") and not c.star
 def test_counts_of_any_names_are_read_back_the_same(classes, given):
     n = given.draw(st.integers(1, 6))
     names = given.draw(st.lists(TEXT, min_size=n, max_size=n, unique=True))
-    parts = given.draw(st.lists(TEXT, min_size=n, max_size=n) | st.lists(st.integers(-10**9, 10**9), min_size=n, max_size=n))
+    parts = given.draw(
+        st.lists(TEXT, min_size=n, max_size=n) | st.lists(st.integers(-(10**9), 10**9), min_size=n, max_size=n)
+    )
     kinds = given.draw(st.lists(st.sampled_from([*classes, "Free"]), min_size=n, max_size=n))
     counts = Counts(*torch.randint(0, 9, (3, n, len(classes))), torch.rand(n, len(classes)), 64)
     table = counts_table(pd.DataFrame({"name": names, "class": kinds, "tile": parts}), counts, classes)
@@ -253,6 +257,24 @@ def test_predicting_another_class_costs_both():
     assert result["iou_macro"] == pytest.approx(1 / 3)
 
 
+@given(seeds)
+@settings(max_examples=30, deadline=None)
+def test_the_median_image_of_each_class(seed):
+    logits, masks, table = example(seed, n=12)
+    table = counted(logits, masks, table).sample(frac=1, random_state=seed % 1000)
+    expected = []
+    for c in CLASSES:
+        own = table[table["class"] == c]
+        value = {i: scores(own.loc[[i]], CLASSES)[f"iou_{c}"] or 0.0 for i in own.index}
+        expected += sorted(value, key=value.get)[(len(own) - 1) // 2:][:1] if len(own) else []
+    assert median_images(table, CLASSES) == expected
+
+
+def test_an_image_without_a_pixel_that_counts_is_the_worst():
+    table = pd.DataFrame({"class": "A", "tp_A": [5, 0, 1], "fp_A": 0, "fn_A": [5, 0, 9]})
+    assert median_images(table, ["A"]) == [2] and median_images(table[:2], ["A"]) == [1]
+
+
 # Undefined
 
 def test_a_class_that_is_neither_there_nor_predicted():
@@ -346,7 +368,7 @@ def test_a_column_that_is_missing_is_named():
         scores(counted(logits, masks, table), [*CLASSES, "Fray"])
 
 
-# ---- comparisons ----------------------------------------------------------------------------------------------------------
+# ---- comparisons --------------------
 
 CLASSES3 = ("A", "B", "C")
 
@@ -502,7 +524,7 @@ def test_a_comparison_without_an_interval_says_so():
     assert str(Comparison(0.1, None, None, (0.1,), 3)) == "+0.100 [no interval], folds +0.100"
 
 
-# ---- pixels that are not counted, and batches that make no sense ----------------------------------------------------
+# ---- pixels that are not counted, and batches that make no sense --------------------
 
 @given(seeds, st.sampled_from((255, -1, -100)))
 @settings(max_examples=30, deadline=None)

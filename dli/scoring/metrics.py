@@ -12,13 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import segmentation_models_pytorch as smp
 import torch
-from sklearn.metrics import roc_auc_score
 
-from ..data.samples import FREE
 from ..data.masks import check_scale, check_shapes, find_ignored, one_hot
-from ..network.losses import SURE
+from ..data.samples import FREE
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-006
 @dataclass(frozen=True, eq=False)
@@ -28,7 +25,7 @@ class Counts:
     fp: torch.Tensor  # int64 (B, K): predicted, not true
     fn: torch.Tensor  # int64 (B, K): true, not predicted
     p_max: torch.Tensor  # float32 (B, K): the largest probability
-    pixels: torch.Tensor  # int64 (B,): that count; H * W where none is ignored
+    pixels: torch.Tensor  # int64 (B,): the pixels that count; H * W where none is ignored
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-007
 def count_batch(
@@ -40,18 +37,19 @@ def count_batch(
 
     Raises ValueError for shapes that differ, for an empty batch, for probabilities, and for NaN."""
     check_shapes(logits, masks)
-    target = one_hot(masks, logits.shape[1], ignore_index)
+    true = one_hot(masks, logits.shape[1], ignore_index).flatten(2)
     known, pixels = logits.float(), torch.full((len(masks),), masks[0].numel(), dtype=torch.int64, device="cpu")
     if ignore_index is not None:
         ignored = find_ignored(masks, ignore_index)
-        known, pixels = known.masked_fill(ignored[:, None], SURE), pixels - ignored.sum((1, 2)).cpu()
+        known, pixels = known.masked_fill(ignored[:, None], -torch.inf), pixels - ignored.sum((1, 2)).cpu()
     p = known.sigmoid()
     p_max = p.amax((2, 3))
     if p_max.isnan().any():
         raise ValueError("logits: expected numbers, got NaN. Has the training diverged?")
     if 0.5 < p_max.max() <= 0.7311:
         check_scale(logits)  # the sigmoid of 1: no logit is larger
-    tp, fp, fn, _ = smp.metrics.get_stats((p >= 0.5).flatten(2), target.flatten(2), mode="multilabel")
+    predicted = (p >= 0.5).flatten(2)
+    tp, fp, fn = (both.sum(2) for both in (predicted & true, predicted & ~true, ~predicted & true))
     return Counts(tp.cpu(), fp.cpu(), fn.cpu(), p_max.cpu(), pixels)
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-013
@@ -91,6 +89,7 @@ def iou(
     union = tp + fp + fn
     return float(tp / union) if union else None
 
+
 def pooled_iou(
     table: pd.DataFrame,  # of `counts_table`
     classes: Sequence[str],  # the channels to pool
@@ -113,6 +112,21 @@ def iou_scores(
                 **{f"iou_{c}": value for c, value in each.items()},
                 **{f"iou_of_images_{c}": pooled_iou(defective[showing[c]], classes) for c in classes})
 
+# %% ../../nbs/40_metrics.ipynb #06-training-119
+def median_images(
+    table: pd.DataFrame,  # of `counts_table`
+    classes: Sequence[str],  # K names
+) -> list[int]:  # row labels of `table`, at most one per class
+    "For every class that occurs, the image whose IoU of that class is the (lower) median over the class's images."
+    chosen = []
+    for c in classes:
+        own = table[table["class"] == c]
+        if len(own):
+            counts = zip(*(columns_of(own, kind, [c])[:, 0] for kind in ("tp", "fp", "fn")))
+            values = pd.Series([iou(*count) or 0.0 for count in counts], own.index)  # no pixel counts: the worst
+            chosen.append(values.sort_values(kind="stable").index[(len(own) - 1) // 2])
+    return chosen
+
 # %% ../../nbs/40_metrics.ipynb #05-metrics-028
 def alarm_threshold(
     scores: np.ndarray,  # of the defective images (N,), at least one
@@ -129,6 +143,8 @@ def alarm_scores(
     """`clean_alarm`, `auroc_image`, `alarm_at_95`; None without clean images, and the last two without defective ones.
 
     Images of which no pixel counts are left out."""
+    from sklearn.metrics import roc_auc_score
+
     table = table[table["pixels"] > 0]
     clean, p = (table["class"] == FREE).to_numpy(), columns_of(table, "p", classes).max(1)
     region = (columns_of(table, "tp", classes) + columns_of(table, "fp", classes)).max(1)
@@ -152,17 +168,18 @@ def summarize(
     tables: list[pd.DataFrame],  # of `counts_table`, one a fold
     classes: Sequence[str],  # K names
 ) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1), folds
-    """The scores of the protocol over folds; a fold in which a score is undefined is left out of its mean, and `folds`
-    says so."""
+    """The scores of several folds: of their counts together, and the mean and deviation of the single folds.
+
+    A fold in which a score is undefined is left out of its mean; `folds` says how many are in it."""
     each = pd.DataFrame([scores(t, classes) for t in tables]).astype(float)
     pooled = pd.Series(scores(pd.concat(tables), classes), dtype=float)
     return pd.DataFrame(dict(pooled=pooled, mean=each.mean(), deviation=each.std(), folds=each.count()))
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-044a
-def check_counts(
+def check_rows(
     table: pd.DataFrame,  # of `counts_table`
 ) -> None:
-    "Raise a ValueError that names images whose tile is unknown (no tile's counts would hold them) or whose name repeats."
+    "Raise a ValueError that names images whose tile is unknown (no tile would count them) or whose name repeats."
     unknown, repeated = table["tile"].isna(), table["name"].duplicated()
     for problem, wrong in (("an unknown tile", unknown), ("a name that repeats", repeated)):
         if wrong.any():
@@ -176,15 +193,15 @@ def tile_counts(
 ) -> pd.DataFrame:  # a row per tile with a defect: class, then tp_, fp_ and fn_ of every class
     """Counts of the defective images summed over each tile.
 
-    A tile of several classes is of its most frequent one (of equals, the first of `classes`)."""
+    A tile of several classes is of its most frequent one (of equals, the first of `classes`). Raises ValueError for
+    images whose tile is unknown."""
     if (unknown := table["tile"].isna()).any():
         raise ValueError("counts: expected the tile of each image, it is unknown for "
                          f"{table['name'][unknown].tolist()[:3]}")
     defective = table[table["class"] != FREE]
     sums = defective.groupby("tile")[[f"{kind}_{c}" for kind in ("tp", "fp", "fn") for c in classes]].sum()
-    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0).reindex(columns=list(classes),
-                                                                                       fill_value=0)
-    sums.insert(0, "class", images.idxmax(axis=1))
+    images = defective.groupby(["tile", "class"]).size().unstack(fill_value=0)
+    sums.insert(0, "class", images.reindex(columns=list(classes), fill_value=0).idxmax(axis=1))
     return sums
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-046
@@ -219,21 +236,28 @@ def partition_counts(
     classes: Sequence[str],  # K names
 ) -> list[pd.DataFrame]:  # of `tile_counts`, one per partition, all of the same tiles in the same order
     "Counts per tile in each partition; a tile that a partition did not validate has counts of 0 there."
-    own = lambda p: pd.concat([table for table, q in zip(tables, partitions, strict=True) if q == p])
-    each = [tile_counts(own(p), classes) for p in dict.fromkeys(partitions)]
+    of_partition = {}
+    for table, partition in zip(tables, partitions, strict=True):
+        of_partition.setdefault(partition, []).append(table)
+    each = [tile_counts(pd.concat(own), classes) for own in of_partition.values()]
     kinds = pd.concat([counts["class"] for counts in each])
     kinds = kinds[~kinds.index.duplicated()].sort_index()
     whole = [counts.drop(columns="class").reindex(kinds.index, fill_value=0) for counts in each]
     return [counts.assign(**{"class": kinds}) for counts in whole]
 
-def fold_iou_macro(table: pd.DataFrame, classes: Sequence[str]) -> float: # of `counts_table`
-    "`iou_macro` of a fold alone."
+# %% ../../nbs/40_metrics.ipynb #abae2978
+def fold_iou_macro(
+    table: pd.DataFrame,  # of `counts_table`, one fold
+    classes: Sequence[str],  # K names
+) -> float:
+    "`iou_macro` of a fold alone; NaN where no class has a pixel, true or predicted."
     defective = table[table["class"] != FREE]
     tp, fp, fn = (columns_of(defective, kind, classes).sum(0) for kind in ("tp", "fp", "fn"))
     union = tp + fp + fn
     return float(np.mean((tp / np.maximum(union, 1))[union > 0])) if union.any() else math.nan
 
-def mean_iou_macro(
+
+def partition_iou_macro(
     each: list[pd.DataFrame],  # of `partition_counts`
     classes: Sequence[str],  # K names
     weights: np.ndarray,  # int (R, T): how often each tile counts
@@ -245,11 +269,11 @@ def mean_iou_macro(
 @dataclass(frozen=True)
 class Comparison:
     "How much better one method is than another, in `iou_macro`."
-    difference: float  # pooled over the folds of a partition, mean over partitions
+    difference: float  # of pooled scores: the folds of a partition pooled, the mean over partitions
     low: float | None  # 95 % interval: its lower end; None where there are too few folds for one
     high: float | None  # and its upper end
     folds: tuple[float, ...]  # the difference in each fold
-    tiles: int  # that were resampled
+    tiles: int  # how many were resampled
     partitions: tuple[float, ...] = ()  # the difference in each partition
 
     def __str__(self):
@@ -264,19 +288,19 @@ def check_pairs(
     "Raise a ValueError that names the fold and the images that are on one side only, or whose truth differs."
     if len(a) != len(b) or not a:
         raise ValueError(f"expected as many folds on both sides, at least one, got {len(a)} and {len(b)}")
+    columns = ["name", "class", "tile", "pixels"]
     for fold, (x, y) in enumerate(zip(a, b)):
-        check_counts(x)
-        check_counts(y)
+        check_rows(x)
+        check_rows(y)
         if other := sorted(set(x["name"]) ^ set(y["name"])):
             raise ValueError(f"fold {fold}: expected the same images on both sides, {len(other)} are on one only: "
                              f"{other[:3]}")
-        columns = ["name", "class", "tile", "pixels"]
         if x[columns].equals(y[columns]):
             continue
-        pairs = x[["name", "class", "tile", "pixels"]].merge(y[["name", "class", "tile", "pixels"]])
+        pairs = x[columns].merge(y[columns])
         if len(pairs) != len(x):
             raise ValueError(f"fold {fold}: class, tile or size of {len(x) - len(pairs)} images differ between the two "
-                             f"sides")
+                             "sides")
 
 # %% ../../nbs/40_metrics.ipynb #05-metrics-053
 def compare(
@@ -289,14 +313,14 @@ def compare(
 ) -> Comparison:  # a - b
     """Paired difference of `iou_macro` with its 95 % tile-bootstrap interval (protocol, section 6).
 
-    A tile is resampled in all partitions together. Raises ValueError for other images, see `check_pairs`."""
+    A tile is resampled in all partitions together. Raises ValueError where the images of the two differ."""
     check_pairs(a, b)
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     kinds = pooled[0][0]["class"].to_numpy()
     weights = np.concatenate([np.ones((1, len(kinds)), np.int64),
                               resample_tiles(kinds, times, np.random.default_rng(seed))])
-    draws = np.subtract(*(mean_iou_macro(each, classes, weights) for each in pooled))  # (P, 1 + times)
+    draws = np.subtract(*(partition_iou_macro(each, classes, weights) for each in pooled))  # (P, 1 + times)
     low, high = np.quantile(draws[:, 1:].mean(0), [0.025, 0.975])
     folds = tuple(fold_iou_macro(x, classes) - fold_iou_macro(y, classes) for x, y in zip(a, b))
     whole = draws[:, 0]
@@ -305,30 +329,19 @@ def compare(
 # %% ../../nbs/40_metrics.ipynb #05-metrics-056b
 def influence(
     a: list[pd.DataFrame],  # as for `compare`
-    b: list[pd.DataFrame],
+    b: list[pd.DataFrame],  # as for `compare`
     classes: Sequence[str],  # K names
-    partitions: Sequence[int] | None = None,
+    partitions: Sequence[int] | None = None,  # as for `compare`
 ) -> pd.DataFrame:  # a row per tile: tile, class, without, moves; what moves most comes first
-    """The difference of `iou_macro` without each tile, and by how much the tile moves it: the difference with all
-    tiles minus that without this one."""
+    """The difference of `iou_macro` without each tile, and how far the tile moves it.
+
+    `moves` is the difference with all tiles minus that without this one. Raises ValueError as `compare` does."""
     check_pairs(a, b)
     places = [0] * len(a) if partitions is None else list(partitions)
     pooled = [partition_counts(tables, places, classes) for tables in (a, b)]
     own = pooled[0][0]
     weights = np.concatenate([np.ones((1, len(own)), np.int64), 1 - np.eye(len(own), dtype=np.int64)])
-    values = np.subtract(*(mean_iou_macro(each, classes, weights).mean(0) for each in pooled))
+    values = np.subtract(*(partition_iou_macro(each, classes, weights).mean(0) for each in pooled))
     table = pd.DataFrame({"tile": own.index, "class": own["class"].to_numpy(), "without": values[1:],
                           "moves": values[0] - values[1:]})
     return table.sort_values("moves", key=abs, ascending=False, kind="stable").reset_index(drop=True)
-
-# %% ../../nbs/40_metrics.ipynb #06-training-119
-def median_images(counts: pd.DataFrame, classes: tuple[str, ...]) -> list[int]:
-    "For every class that occurs, the row of `counts` whose IoU of that class is the (lower) median over the class's images."
-    chosen = []
-    for c in classes:
-        rows = counts[counts["class"] == c]
-        if len(rows) == 0:
-            continue
-        iou = rows[f"tp_{c}"] / (rows[f"tp_{c}"] + rows[f"fp_{c}"] + rows[f"fn_{c}"]).clip(lower=1)
-        chosen.append(iou.sort_values(kind="stable").index[(len(rows) - 1) // 2])
-    return chosen

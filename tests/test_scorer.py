@@ -1,4 +1,4 @@
-"The scorer: equals counting by hand, names every fault in one message, and does the same from the command line; the folds are those of the study."
+"""The scorer: equals counting by hand, names every fault in one message, and does the same from the command line."""
 import json
 import subprocess
 import sys
@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dli.data.magnetic import find_magnetic_tiles, magnetic_tiles, read_index
 from dli.data.samples import Samples
 from dli.data.splits import find_folds, split_samples
-from dli.data.magnetic import find_magnetic_tiles, magnetic_tiles, read_index
 from dli.data.synthetic import synthetic_tiles
 from dli.scoring.metrics import summarize
 from dli.scoring.scorer import (PARTITIONS, BadPredictions, fold_samples, fold_table, main, read_folds, read_mask,
@@ -47,12 +47,12 @@ def predicted(tmp_path):
     return write(tmp_path / "masks", part.masks, part.table["name"]), part
 
 
-# ---- folds ----------------------------------------------------------------------------------------------------------------
+# ---- folds --------------------
 
 def test_shipped_folds_fit_the_shipped_index():
     folds, index = read_folds(), read_index()
     assert folds[["name", "class", "tile"]].equals(index[["name", "class", "tile"]])
-    columns = [f"{protocol}_{k}" for k in range(4) for protocol in ("tile", "image")]
+    columns = [f"{split}_{k}" for k in range(4) for split in ("tile", "image")]
     assert list(folds.columns) == ["name", "class", "tile", *columns] and PARTITIONS == (0, 1, 2, 3)
     for column in columns:
         assert (folds[column].notna() == index["usable"]).all() and set(folds[column].dropna()) == set(range(5))
@@ -72,40 +72,44 @@ def test_shipped_folds_are_frozen(partition):
 
 def test_partitions_differ():
     folds = read_folds().dropna()
-    for protocol in ("tile", "image"):
+    for split in ("tile", "image"):
         for a, b in combinations(PARTITIONS, 2):
-            assert (folds[f"{protocol}_{a}"] == folds[f"{protocol}_{b}"]).mean() < 0.4
+            assert (folds[f"{split}_{a}"] == folds[f"{split}_{b}"]).mean() < 0.4
 
 
 @real
-@pytest.mark.parametrize("protocol", ["tile", "image"])
-def test_shipped_folds_are_those_of_split_samples(protocol):
+@pytest.mark.parametrize("split", ["tile", "image"])
+def test_shipped_folds_are_those_of_split_samples(split):
     samples, folds = magnetic_tiles(size=16), read_folds()
     for partition in range(4):
         for fold in range(5):
-            _, val = split_samples(samples, protocol, fold, partition)
-            assert set(val.table["name"]) == set(folds["name"][folds[f"{protocol}_{partition}"] == fold])
+            _, val = split_samples(samples, split, fold, partition)
+            assert set(val.table["name"]) == set(folds["name"][folds[f"{split}_{partition}"] == fold])
 
 
 @real
-@pytest.mark.parametrize("protocol", ["tile", "image"])
-def test_keeping_empty_masks_leaves_the_shipped_folds_alone(protocol):
+@pytest.mark.parametrize("split", ["tile", "image"])
+def test_keeping_empty_masks_leaves_the_shipped_folds_alone(split):
     samples, folds = magnetic_tiles(size=16), read_folds()
     for partition in PARTITIONS:
-        shipped, kept = folds[f"{protocol}_{partition}"], find_folds(samples, protocol, partition, keep_empty=True)
+        shipped, kept = folds[f"{split}_{partition}"], find_folds(samples, split, partition, keep_empty=True)
         assert (kept == shipped)[shipped.notna()].all() and (kept >= 0).sum() == shipped.notna().sum() + 6
 
 
 def test_the_folds_together_are_all_usable_images():
     parts = [set(fold_samples(TILES, fold).table["name"]) for fold in range(5)]
     whole = set(fold_samples(TILES, None).table["name"])
-    assert set.union(*parts) == whole == set(TILES.table["name"][TILES.table["usable"]]) and sum(map(len, parts)) == len(whole)
+    assert set.union(*parts) == whole == set(TILES.table["name"][TILES.table["usable"]]) and sum(
+        map(len, parts)
+    ) == len(whole)
 
 
 def test_a_fold_is_what_the_table_says():
     folds = fold_table(TILES)
-    for protocol, partition, fold in (("tile", 0, 3), ("image", 0, 3), ("tile", 1, 0), ("image", 3, 4)):
-        assert list(fold_samples(TILES, fold, partition, protocol).table["name"]) == list(folds["name"][folds[f"{protocol}_{partition}"] == fold])
+    for split, partition, fold in (("tile", 0, 3), ("image", 0, 3), ("tile", 1, 0), ("image", 3, 4)):
+        assert list(fold_samples(TILES, fold, partition, split).table["name"]) == list(
+            folds["name"][folds[f"{split}_{partition}"] == fold]
+        )
 
 
 def test_an_image_that_takes_no_part_is_not_asked_for(tmp_path):
@@ -127,13 +131,15 @@ def test_unknown_choices_are_refused(tmp_path, wrong, message):
         score(tmp_path, samples=TILES, **wrong)
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------
 
 @given(st.integers(0, 2**31), st.floats(0, 1))
 @settings(max_examples=15, deadline=None)
 def test_score_equals_counting_by_hand(tmp_path_factory, seed, wrong):
     rng, part = np.random.default_rng(seed), fold_samples(TILES, 2)
-    masks = np.where(rng.random(part.masks.shape) < wrong, rng.integers(0, 6, part.masks.shape), part.masks).astype(np.uint8)
+    masks = np.where(rng.random(part.masks.shape) < wrong, rng.integers(0, 6, part.masks.shape), part.masks).astype(
+        np.uint8
+    )
     result = score(write(tmp_path_factory.mktemp("s") / "m", masks, part.table["name"]), 2, samples=TILES)
     truth, guess = part.masks[~part.clean], masks[~part.clean]
     for k, c in enumerate(CLASSES, 1):
@@ -149,7 +155,9 @@ def test_all_folds_are_scored_as_the_pool_of_their_counts(tmp_path):
     folder = write(tmp_path / "m", np.roll(TILES.masks, 1, axis=2), TILES.table["name"])
     pooled = summarize([score_counts(folder, fold, samples=TILES) for fold in range(5)], CLASSES)["pooled"]
     whole = score(folder, samples=TILES)
-    assert 0 < whole["iou_macro"] < 1 and all(whole[name] == pytest.approx(pooled[name]) for name in whole if whole[name] is not None)
+    assert 0 < whole["iou_macro"] < 1 and all(
+        whole[name] == pytest.approx(pooled[name]) for name in whole if whole[name] is not None
+    )
 
 
 def test_empty_masks_find_nothing(tmp_path):
@@ -195,7 +203,7 @@ def test_other_folds_may_lie_beside(predicted):
     assert score(folder, 1, samples=TILES)["iou_macro"] == 1 and len(score_counts(folder, samples=TILES)) == len(TILES)
 
 
-# ---- own samples ----------------------------------------------------------------------------------------------------------
+# ---- own samples --------------------
 
 def own(names=None, size=(9, 14), channels=0, **columns):
     "Thirty images that are not square: five parts of a class, of another and clean ones, two photographs each."
@@ -203,8 +211,17 @@ def own(names=None, size=(9, 14), channels=0, **columns):
     masks = np.zeros((30, *size), np.uint8)
     masks[:, 2:5, 3:8] = kinds[:, None, None]
     names = [f"{i:03}" for i in range(30)] if names is None else names
-    table = pd.DataFrame({"name": names, "class": np.array(["Free", "A", "B"])[kinds], "tile": np.arange(30) // 2, "exposure": 1,
-                          "width": size[1], "height": size[0], "usable": True}).assign(**columns)
+    table = pd.DataFrame(
+        {
+            "name": names,
+            "class": np.array(["Free", "A", "B"])[kinds],
+            "tile": np.arange(30) // 2,
+            "exposure": 1,
+            "width": size[1],
+            "height": size[0],
+            "usable": True,
+        }
+    ).assign(**columns)
     images = np.zeros((30, *size, *[channels] * (channels > 0)), np.uint8)
     return Samples(images, masks, table, ("A", "B"), "own")
 
@@ -218,11 +235,11 @@ def write_as(folder, masks, files):
 
 @pytest.mark.parametrize("channels", [0, 1, 3])
 @pytest.mark.parametrize("size", [(9, 14), (14, 9), (9, 200)])
-@pytest.mark.parametrize("fold, partition, protocol", [(None, 0, "tile"), (2, 0, "tile"), (1, 9, "image")])
-def test_own_samples_of_any_shape(tmp_path, size, channels, fold, partition, protocol):
+@pytest.mark.parametrize("fold, partition, split", [(None, 0, "tile"), (2, 0, "tile"), (1, 9, "image")])
+def test_own_samples_of_any_shape(tmp_path, size, channels, fold, partition, split):
     samples = own(size=size, channels=channels)
     folder = write(tmp_path / "m", samples.masks, samples.table["name"])
-    result = score(folder, fold, partition, protocol, samples)
+    result = score(folder, fold, partition, split, samples)
     assert result["iou_macro"] == result["iou_of_images_B"] == 1 and result["clean_alarm"] == 0
 
 
@@ -235,8 +252,21 @@ def test_own_masks_of_the_photographs_own_shape(tmp_path):
 
 
 NAMES = {
-    "spaces": "part {} of 3", "dots": "v1.2.{}", "suffix": "{}.png", "upper": "{}.PNG", "hidden": ".{}", "comma": "a,{}", "quote": '"{}"',
-    "accent": "caf\u00e9 {}", "korean": "\ud55c\uae00 {}", "glob": "[{}]*?", "folder": "Crack/{}", "deep": "a/b.c/{}", "dollar": "${}$", "colon": "12:{}"}
+    "spaces": "part {} of 3",
+    "dots": "v1.2.{}",
+    "suffix": "{}.png",
+    "upper": "{}.PNG",
+    "hidden": ".{}",
+    "comma": "a,{}",
+    "quote": '"{}"',
+    "accent": "caf\u00e9 {}",
+    "korean": "\ud55c\uae00 {}",
+    "glob": "[{}]*?",
+    "folder": "Crack/{}",
+    "deep": "a/b.c/{}",
+    "dollar": "${}$",
+    "colon": "12:{}",
+}
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -272,7 +302,10 @@ def test_two_files_for_one_name_are_named(tmp_path):
     samples = own(["caf\u00e9", *(f"{i:03}" for i in range(1, 30))])
     folder = write_as(tmp_path, samples.masks, [f"{n}.png" for n in samples.table["name"]])
     write_as(tmp_path, samples.masks[:2], ["cafe\u0301.png", "001.PNG"])
-    with pytest.raises(BadPredictions, match="(?s)2 problems.*: expected one file, got .* and .*001.png: expected one file, got 001.PNG and 001.png"):
+    with pytest.raises(
+        BadPredictions,
+        match="(?s)2 problems.*: expected one file, got .* and .*001.png: expected one file, got 001.PNG and 001.png",
+    ):
         score(folder, samples=samples)
 
 
@@ -311,7 +344,7 @@ def test_a_part_numbered_minus_one_stays_in_the_table():
     assert table["tile"].tolist() == samples.table["tile"].tolist() and table["tile_0"].notna().all()
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------------
+# ---- faults --------------------
 
 def image(mask):
     return lambda path: Image.fromarray(mask).save(path)
@@ -319,13 +352,19 @@ def image(mask):
 
 FAULTS = {
     "missing": (lambda path: path.unlink(), "missing"),
-    "misnamed": (lambda path: path.rename(path.with_name("other.png")), "other.png: unknown; the dataset has no image of that name"),
+    "misnamed": (
+        lambda path: path.rename(path.with_name("other.png")),
+        "other.png: unknown; the dataset has no image of that name",
+    ),
     "size": (image(np.zeros((32, 31), np.uint8)), "expected 32 x 32 pixels, got 31 x 32"),
     "white": (image(np.full((32, 32), 255, np.uint8)), "expected values 0..5, got 255; white for a defect"),
     "one bit": (image(np.eye(32, dtype=bool)), "expected values 0..5, got 255; white for a defect"),
     "six": (image(np.full((32, 32), 6, np.uint8)), "expected values 0..5, got 6"),
     "many": (image(np.arange(1024, dtype=np.uint8).reshape(32, 32)), r"expected values 0..5, got 6, 7, 8 \.\.\."),
-    "colours": (image(np.zeros((32, 32, 3), np.uint8)), "expected one channel of class indices, got an image of mode RGB"),
+    "colours": (
+        image(np.zeros((32, 32, 3), np.uint8)),
+        "expected one channel of class indices, got an image of mode RGB",
+    ),
     "alpha": (image(np.zeros((32, 32, 2), np.uint8)), "got an image of mode LA"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:50]), "can't be read: truncated, or not an image"),
     "text": (lambda path: path.write_text("mask"), "can't be read: truncated, or not an image"),
@@ -361,12 +400,11 @@ def test_a_folder_that_is_not_there(tmp_path):
         score(tmp_path / "x", samples=TILES)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------
+# ---- the command --------------------
 
 def command(*words):
-    place = Path(sys.executable).parent / "dli-score"
-    program = [str(place)] if place.exists() else [sys.executable, "-c", "import sys; from dli.benchmark import main; sys.exit(main())"]
-    return subprocess.run([*program, *map(str, words)], capture_output=True, text=True)
+    program = "import sys; from dli.scoring.scorer import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
 
 
 @real
@@ -390,11 +428,13 @@ def test_command_prints_a_table_or_what_is_wrong(tmp_path, capsys, photographs):
 
 def test_command_says_what_is_wrong(tmp_path):
     done = command(tmp_path, "--data", tmp_path / "nowhere")
-    assert done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        done.returncode == 1 and "no such folder" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    )
 
 
 @pytest.mark.parametrize("words", [[], *(["masks", *option.split()] for option in (
-    "--fold 7", "--partition 4", "--protocol random", "--size 64"))])
+    "--fold 7", "--partition 4", "--split random", "--size 64"))])
 def test_command_refuses_wrong_usage(words, capsys):
     with pytest.raises(SystemExit) as end:
         main(words)
