@@ -38,7 +38,7 @@ def with_notes(
 ) -> Figure:
     "Write under a figure what it shows and its notes. A figure of invented rows is marked across."
     if INVENTED_ROWS in notes:
-        figure.text(0.5, 0.5, "invented rows", fontsize=30, color="0.3", alpha=0.25, rotation=15, ha="center",
+        figure.text(0.5, 0.5, "invented rows", fontsize=30, color="red", alpha=0.35, rotation=15, ha="center",
                     va="center", zorder=10)
     return caption(figure, f"{text}.\n{notes}")
 

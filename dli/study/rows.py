@@ -412,8 +412,10 @@ def folds_text(result: Comparison, places: Sequence[tuple[int, int]]) -> str:
     "The differences in single folds, partitions set apart by a slash."
     if len(result.folds) != len(places):
         return " / ".join(f"{d:+.3f}" for d in result.folds)
-    own = lambda p: " ".join(f"{d:+.3f}" for d, place in zip(result.folds, places) if place[0] == p)
-    return " / ".join(own(p) for p in sorted({p for p, _ in places}))
+    texts = {}
+    for d, (partition, _) in zip(result.folds, places):
+        texts.setdefault(partition, []).append(f"{d:+.3f}")
+    return " / ".join(" ".join(texts[partition]) for partition in sorted(texts))
 
 def difference_columns(
     name: str,  # of the column
