@@ -298,6 +298,32 @@ def read_run(
         check_scores(row, read_counts(dict(folder=folder)))
     return row | dict(folder=str(folder))
 
+# %% ../../nbs/52_store.ipynb #52c0a7e2
+@dataclass(frozen=True, eq=False)
+class StoredCounts:
+    "The counts of a stored run, read once. Equal and hashed by identity."
+    table: pd.DataFrame  # of `counts_table`: never altered
+
+    def __repr__(self):
+        return f"counts of {len(self.table)} images"
+
+# %% ../../nbs/52_store.ipynb #52c0a7e4
+def read_regions(
+    row: pd.Series,  # of `load_runs`
+    name: str,  # of a validation image
+) -> np.ndarray:  # bool (K, H, W)
+    """The predicted regions of an image.
+
+    Raises FileNotFoundError, or ValueError if the image was not validated in that run."""
+    path = Path(row["folder"]) / "regions.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the predicted regions of a run, which the qualitative figures draw")
+    with np.load(path) as file:
+        names = file["name"].tolist()
+        if name not in names:
+            raise ValueError(f"{path}: no image {name!r} among the {len(names)} that this run validated")
+        return np.unpackbits(file["regions"][names.index(name)], axis=-1).astype(bool)
+
 # %% ../../nbs/52_store.ipynb #07-study-013
 def read_store(
     store: Path,  # a folder of run folders; it need not exist
@@ -309,7 +335,8 @@ def read_store(
     for folder in sorted(p for p in store.glob("*") if p.is_dir() and not p.name.startswith(".")):
         try:
             if (folder / "row.json").exists():
-                rows.append(read_run(folder))
+                row = read_run(folder)
+                rows.append(row | dict(counts=StoredCounts(read_counts(row))))
             elif not any((folder / name).exists() for name in ("config.json", "lock")):
                 raise ValueError("neither a row.json nor a config.json: not the folder of a run")
         except (ValueError, KeyError, TypeError, OSError) as e:
@@ -321,14 +348,14 @@ WHERE_AND_WHEN = ("folder", "out", "finished", "commit", "versions", "threads", 
 
 
 def result_of(row: dict) -> dict:
-    "A row without where, when and how fast."
-    return {k: v for k, v in row.items() if k not in WHERE_AND_WHEN and not k.startswith("seconds_")}
+    "A row without where, when and how fast; its scores stand for its counts."
+    return {k: v for k, v in row.items() if k not in (*WHERE_AND_WHEN, "counts") and not k.startswith("seconds_")}
 
 # %% ../../nbs/52_store.ipynb #53012e07
 def load_runs(
     *stores: Path | str,  # folders of run folders, relative: below the project; none: the committed store
     preset: str | None = None,  # read only its rows
-) -> pd.DataFrame:  # a row per finished run; `folder` is where its files are
+) -> pd.DataFrame:  # a row per finished run; `counts` (`StoredCounts`); `folder`: where its files are
     """The finished runs of some stores.
 
     A run that is in several is counted once: the first is taken, with a warning where they differ."""
@@ -341,7 +368,7 @@ def load_runs(
             warnings.warn(f"{row['folder']} is not counted: {first['folder']} has another result of the same run",
                           stacklevel=2)
     rows = [row for row in found.values() if preset in (None, row["preset"])]
-    return pd.DataFrame(rows, columns=None if rows else [*REQUIRED, "iou_macro", "folder"])
+    return pd.DataFrame(rows, columns=None if rows else [*REQUIRED, "iou_macro", "folder", "counts"])
 
 # %% ../../nbs/52_store.ipynb #07-study-020
 def one_of(

@@ -6,19 +6,135 @@
 __all__ = []
 
 # %% ../../nbs/62_rows.ipynb #a85bfcfa
+import json
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
-from ..data.splits import FOLDS
+from ..data.masks import one_hot
+from ..data.samples import Samples
+from ..data.splits import FOLDS, split_samples
 from ..network.models import ENCODERS
-from ..scoring.metrics import Comparison, compare, scores
-from ..experiment.config import PRESETS, RunConfig
-from ..experiment.store import one_kind, one_recipe, read_counts
-from .studies import AGAIN
+from ..scoring.metrics import Comparison, compare, count_batch, counts_table, scores
+from ..experiment.datasets import load_dataset
+from ..experiment.config import PRESETS, RECIPE, RunConfig, resolve, run_key, run_name
+from ..experiment.store import StoredCounts, as_npz, load_runs, one_kind, one_recipe
+from .studies import AGAIN, AUTHORS, LADDER, study_configs
+
+# %% ../../nbs/62_rows.ipynb #64406c7a
+INVENTED = "invented"  # in an invented row, in the place of the commit that trained it
+
+@lru_cache(maxsize=1)
+def invented_tiles() -> Samples:
+    "The synthetic tiles that invented runs predict on."
+    return load_dataset("synthetic", size=64)
+
+def invented_regions(
+    val: Samples,  # N images of K classes
+    missed: float,  # share of the images in which nothing is found
+    spots: float,  # share of the images with a false spot
+    moved: int,  # pixels, down and to the right
+    rng: np.random.Generator,  # consumed
+) -> np.ndarray:  # bool (N, K, H, W)
+    "Regions that a run might have predicted."
+    true = one_hot(torch.from_numpy(val.masks), len(val.classes)).numpy().astype(bool)
+    height, width = true.shape[2:]
+    regions = np.zeros_like(true)
+    regions[:, :, moved:, moved:] = true[:, :, : height - moved, : width - moved]
+    regions[rng.random(len(val)) < missed] = False
+    for i in np.flatnonzero(rng.random(len(val)) < spots):
+        regions[i, rng.integers(len(val.classes)), 40:46, 10:16] = True
+    return regions
+
+# %% ../../nbs/62_rows.ipynb #8525a006
+def invented_row(
+    config: RunConfig,  # resolved
+    counts: pd.DataFrame,  # of `counts_table`
+    classes: Sequence[str],
+    spots: float,  # as of `invented_regions`
+) -> dict:
+    "The row of an invented run. Its scores are those of its counts."
+    own = scores(counts, classes)
+    row = asdict(config) | own | dict(key=run_key(config), recipe=RECIPE, source="synthetic", device="cpu",
+                                      commit=INVENTED, train_images=56)
+    row |= {f"train_iou_{c}": 0.75 - 0.05 * k for k, c in enumerate(classes)}
+    return row | dict(best_iou_macro_selected_on_val=own["iou_macro"] + 0.02, seam_alarm_cutpaste=3 * spots,
+                      seam_alarm_poisson=2 * spots)
+
+# %% ../../nbs/62_rows.ipynb #cf143e49
+def invent_run(
+    store: Path | str,  # a folder
+    missed: float = 0.1,  # as of `invented_regions`
+    spots: float = 0.1,
+    moved: int = 1,
+    **choices,  # of `RunConfig`
+) -> None:
+    "Leave in a store what a run leaves. A run that is there stays as it is."
+    config = resolve(RunConfig(**dict(preset="smoke", dataset="synthetic") | choices))
+    folder = Path(store) / run_name(config)
+    if (folder / "row.json").exists():
+        return
+    _, val = split_samples(invented_tiles(), config.split, config.fold, config.partition,
+                           clean_validation=config.clean_validation)
+    regions = invented_regions(val, missed, spots, moved, np.random.default_rng(config.seed))
+    logits = torch.from_numpy(regions).float() * 10 - 5
+    counts = counts_table(val.table, count_batch(logits, torch.from_numpy(val.masks)), val.classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts.to_csv(folder / "counts.csv", index=False)
+    packed = as_npz(name=counts["name"].to_numpy(str), regions=np.packbits(regions, axis=-1))
+    (folder / "regions.npz").write_bytes(packed)
+    (folder / "row.json").write_text(json.dumps(invented_row(config, counts, val.classes, spots)))
+
+# %% ../../nbs/62_rows.ipynb #a0c9f62a
+# share of the images in which an invented run finds nothing
+MISSED = {"baseline": 0.33, "dli": 0.1, "inject-random": 0.2, "share": 0.2, "wce": 0.25, "dli-cutpaste": 0.15,
+          "dli-poisson": 0.15, "sampler": 0.3}
+
+def invented_partitions() -> list[dict]: # arguments of `invent_run`
+    "Runs of all folds: of partition 0, of partition 1, and with another training seed."
+    runs = []
+    for fold in range(FOLDS):
+        runs += [dict(method=m, fold=fold, missed=missed) for m, missed in MISSED.items()]
+        runs += [dict(method=m, fold=fold, partition=1, missed=MISSED[m])
+                 for m in ("baseline", "dli", "inject-random", "share")]
+        runs += [dict(method=m, fold=fold, seed=AGAIN + fold, missed=MISSED[m]) for m in ("baseline", "dli")]
+        runs.append(dict(method="dli-all", fold=fold, spots=0.4))
+    return runs
+
+# %% ../../nbs/62_rows.ipynb #87547bc0
+def invented_studies() -> list[dict]: # arguments of `invent_run`
+    "Runs of the studies of less data, of leakage, of the replication and of the ladder."
+    runs = []
+    for fold in range(FOLDS):
+        runs += [dict(method=m, fold=fold, split="image", missed=missed, moved=0)
+                 for m, missed in (("baseline", 0.1), ("wce", 0.1), ("dli", 0.0))]
+    for fraction in (0.1, 0.5):
+        for fold in range(3):
+            runs += [dict(method=m, fold=fold, fraction=fraction, missed=MISSED[m] + faster * (1 - fraction))
+                     for m, faster in (("dli", 0.3), ("wce", 0.6))]
+    for fold in range(2):
+        runs += [dict(method=m, fold=fold, missed=missed, **AUTHORS)
+                 for m, missed in (("baseline", 0.2), ("focal-authors", 0.3), ("balanced-authors", 0.2), ("wce", 0.2),
+                                   ("dli-authors", 0.1))]
+        runs += [dict(fold=fold, missed=0.4 - 0.04 * k, **row) for k, (_, row) in enumerate(LADDER[:-2])]
+    return runs
+
+# %% ../../nbs/62_rows.ipynb #1ec6865b
+def invented_runs(
+    store: Path | str | None = None,  # a folder; None: a temporary one
+) -> pd.DataFrame:  # of `load_runs`
+    "A store of invented rows of every study."
+    store = tempfile.mkdtemp() if store is None else store
+    for run in invented_partitions() + invented_studies():
+        invent_run(store, **run)
+    return load_runs(store)
 
 # %% ../../nbs/62_rows.ipynb #08-figures-017
 BUDGET = ("source", "preset", "image_size", "batch_size", "steps", "lr", "warmup", "beta2", "decoder")
@@ -38,8 +154,8 @@ def one_budget(
     for name in BUDGET:
         values = runs[name].map(str).unique().tolist()
         if len(values) > 1:
-            raise ValueError(f"runs: expected rows of one {name}, got {values}: choose with runs[runs[{name!r}] == "
-                             f"...]")
+            raise ValueError(f"runs: expected rows of one {name}, got {values}: choose with "
+                             f"runs[runs[{name!r}] == ...]")
     weights = runs.groupby("encoder")["weights"].agg(lambda w: w.fillna("none").unique().tolist())
     mixed = weights[weights.str.len() > 1]
     if len(mixed):
@@ -47,7 +163,7 @@ def one_budget(
     return runs
 
 # %% ../../nbs/62_rows.ipynb #08-figures-020
-# where a run was made and with what budget; every other field is a choice
+# where a run was made and with what budget; every other field of `RunConfig` is a choice
 PLACE = ("encoder", "weights", "weights_hash", "dataset", "data", "fold", "partition", "seed", "preset", "steps",
          "image_size", "batch_size", "lr", "warmup", "beta2", "evaluations", "decoder", "dtype", "out")
 
@@ -66,6 +182,13 @@ def matching(
         fits &= runs[name].isna() if value is None else runs[name] == value
     return runs[fits].sort_values(["partition", "fold"])
 
+# %% ../../nbs/62_rows.ipynb #24ddf643
+def study_methods(
+    name: str,  # a key of `STUDIES`
+) -> list[str]:
+    "The methods of a study, in its order."
+    return list(dict.fromkeys(c.method for c in study_configs([name], "smoke", ["efficientnet_lite0"], [0])))
+
 # %% ../../nbs/62_rows.ipynb #08-figures-023
 def numbers_text(numbers: Iterable[int]) -> str:
     "Whole numbers as text: 0-4, or 0, 2, 3."
@@ -76,7 +199,8 @@ def numbers_text(numbers: Iterable[int]) -> str:
 
 def named_numbers(name: str, numbers: Iterable[int]) -> str:
     "A name in singular or plural, with its numbers."
-    return f"{name}{'s' * (len(set(numbers)) != 1)} {numbers_text(numbers)}"
+    plural = "s" if len(set(numbers)) != 1 else ""
+    return f"{name}{plural} {numbers_text(numbers)}"
 
 def places_text(runs: pd.DataFrame) -> str:
     "Folds and partitions of rows: folds 0-4 of partitions 0, 1."
@@ -85,12 +209,13 @@ def places_text(runs: pd.DataFrame) -> str:
              for own in folds.unique()]
     return "; ".join(parts)
 
+# %% ../../nbs/62_rows.ipynb #8950f917
 def encoders_of(runs: pd.DataFrame) -> list[str]:
     "The encoders among the rows, in the order of `ENCODERS`."
     return [e for e in ENCODERS if e in set(runs["encoder"])]
 
 def label_of(what: str, encoder: str, table: pd.DataFrame) -> str:
-    "A label that names the encoder where the table has several."
+    "A label that names the encoder if the table has several."
     return what if table["encoder"].nunique() == 1 else f"{what}, {encoder}"
 
 # %% ../../nbs/62_rows.ipynb #08-figures-023a
@@ -99,56 +224,81 @@ def each_of(values: Iterable) -> str:
     return " and ".join(dict.fromkeys(map(str, values)))
 
 def epochs_text(runs: pd.DataFrame) -> str:
-    """How often a training image was seen, from the fewest to the most; empty where rows don't say how many images
-    there were."""
+    "How often a training image was seen, from the fewest to the most. Empty if a row lacks the number of images."
     if "train_images" not in runs or runs["train_images"].isna().any():
         return ""
     epochs = (runs["steps"] * runs["batch_size"] / runs["train_images"]).round().astype(int)
     spread = "-".join(map(str, sorted({epochs.min(), epochs.max()})))
-    return f" ({spread} epoch{'s' * int(spread != '1')})"
+    return f" ({spread} epoch)" if spread == "1" else f" ({spread} epochs)"
 
-def training_text(runs: pd.DataFrame) -> str:
-    "Budget, rate, and how rows were trained and scored."
+def budget_text(runs: pd.DataFrame) -> str:
+    "The budget, and whether it is the paper's."
     first, full = runs.iloc[0], PRESETS["paper"]
     reduced = any(first[name] != getattr(full, name) for name in ("image_size", "batch_size", "steps"))
     size = f"{first['image_size']} px, {first['steps']} steps of {first['batch_size']} images"
-    budget = f"{'reduced' if reduced else 'full'} budget ({first['preset']}: {size}){epochs_text(runs)}"
+    return f"{'reduced' if reduced else 'full'} budget ({first['preset']}: {size}){epochs_text(runs)}"
+
+# %% ../../nbs/62_rows.ipynb #4ca0223f
+CLEAN = {True: "held-out clean images", False: "all clean images in training"}
+SELECTED = {"last": "the last step", "best": "the best evaluation by iou_micro"}
+
+def training_text(runs: pd.DataFrame) -> str:
+    "Budget, rate, and how rows were trained and scored."
+    first = runs.iloc[0]
     rate = f"rate {first['lr']:g}, warm-up {first['warmup']:.0%}, cosine to zero"
-    clean = each_of(runs["clean_validation"].map({True: "held-out clean images",
-                                                  False: "all clean images in training"}))
-    scored = each_of(runs["select"].map(dict(last="the last step", best="the best evaluation by iou_micro")))
-    dice = each_of(runs["dice"].map(lambda d: f"per {d}"))
-    return f"{budget}; {rate}; Dice {dice}; masks > {each_of(runs['threshold'])}; {clean}; scores of {scored}"
+    dice = f"Dice {each_of(runs['dice'].map('per {}'.format))}"
+    masks = f"masks > {each_of(runs['threshold'])}"
+    clean = each_of(runs["clean_validation"].map(CLEAN))
+    scored = f"scores of {each_of(runs['select'].map(SELECTED))}"
+    return "; ".join([budget_text(runs), rate, dice, masks, clean, scored])
+
+# %% ../../nbs/62_rows.ipynb #b3ceff41
+INVENTED_ROWS = "INVENTED ROWS: nothing was trained"
+
+def data_text(runs: pd.DataFrame) -> str:
+    "What the rows were trained on."
+    invented = "commit" in runs and (runs["commit"] == INVENTED).any()
+    source = runs["source"].iloc[0]
+    data = "SYNTHETIC TILES: they say nothing about real ones" if source == "synthetic" else source
+    return f"{INVENTED_ROWS}; {data}" if invented else data
 
 def budget_line(
     runs: pd.DataFrame,  # the rows that are shown
 ) -> str:
     "Everything that the rows share or differ in, in a line. Raises what `one_budget` raises."
     first = one_budget(runs).iloc[0]
-    data = "SYNTHETIC TILES: they say nothing about real ones" if first["source"] == "synthetic" else first["source"]
-    half = "; decoder ends at half size" * (len(first["decoder"]) == 2)
+    half = "; decoder ends at half size" if len(first["decoder"]) == 2 else ""
     splits = " and ".join(sorted(runs["split"].unique()))
-    count = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    return (f"Rows: {data}; {training_text(runs)}{half}; {', '.join(encoders_of(runs))}; {splits} split; "
-            f"{places_text(runs)}; "
-            f"{first['device']}, {first['dtype']}; recipe {first['recipe']}; {count}.")
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    return (f"Rows: {data_text(runs)}; {training_text(runs)}{half}; {', '.join(encoders_of(runs))}; {splits} split; "
+            f"{places_text(runs)}; {first['device']}, {first['dtype']}; recipe {first['recipe']}; {count}.")
 
 # %% ../../nbs/62_rows.ipynb #08-figures-026
 def fold_counts(
     rows: pd.DataFrame,  # of one method and encoder
-) -> dict[tuple[int, int], pd.DataFrame]:  # (partition, fold) -> `counts_table`
-    "Raises ValueError if a fold of a partition occurs twice."
+) -> dict[tuple[int, int], StoredCounts]:  # by partition and fold, in this order
+    "The counts of each fold. Raises ValueError if a fold of a partition occurs twice."
     twice = rows[rows[["partition", "fold"]].duplicated(keep=False)]
     if len(twice):
         raise ValueError(f"expected one row per fold of a partition, got several: {twice['folder'].map(str).tolist()}: "
                          f"remove what should not be shown")
-    return {(int(row["partition"]), int(row["fold"])): read_counts(row)
-            for _, row in rows.sort_values(["partition", "fold"]).iterrows()}
+    rows = rows.sort_values(["partition", "fold"])
+    return dict(zip(places_of(rows), rows["counts"]))
 
+def places_of(rows: pd.DataFrame) -> list[tuple[int, int]]: # (partition, fold)
+    "Where rows were trained and validated."
+    return list(zip(rows["partition"].astype(int), rows["fold"].astype(int)))
+
+# %% ../../nbs/62_rows.ipynb #0d072460
 def classes_of(counts: pd.DataFrame) -> list[str]:
     "The classes of a counts table."
     return [name.removeprefix("tp_") for name in counts if name.startswith("tp_")]
 
+def scored_classes(runs: pd.DataFrame) -> list[str]:
+    "The classes that rows were scored on."
+    return classes_of(runs["counts"].iloc[0].table)
+
+# %% ../../nbs/62_rows.ipynb #4c8cf4cf
 def whole_partitions(places: Iterable[tuple[int, int]]) -> list[int]:
     "The partitions of which all folds are there."
     partitions = [p for p, _ in places]
@@ -160,10 +310,6 @@ def scored_places(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return sorted(place for place in places if not whole or place[0] in whole)
 
 # %% ../../nbs/62_rows.ipynb #08-figures-026a
-def places_of(rows: pd.DataFrame) -> list[tuple[int, int]]: # (partition, fold)
-    "Where rows were trained and validated."
-    return list(zip(rows["partition"].astype(int), rows["fold"].astype(int)))
-
 def at_places(rows: pd.DataFrame, places: Iterable[tuple[int, int]]) -> pd.DataFrame:
     "The rows at some places."
     places = set(places)
@@ -185,14 +331,25 @@ def on_common_places(groups: dict) -> dict: # label -> rows
         raise NoRows(f"there is no fold that all of {', '.join(map(str, there))} have")
     return {label: at_places(rows, common) for label, rows in there.items()}
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame: # a row per score: pooled, mean, deviation (of n - 1)
+# %% ../../nbs/62_rows.ipynb #ee93ff09
+@lru_cache(maxsize=1024)
+def pooled_scores(
+    counts: tuple[StoredCounts, ...],  # of the folds of a partition
+) -> dict[str, float | None]:  # never altered
+    "The scores of a partition. Computed once, since counts never change."
+    pooled = pd.concat([own.table for own in counts])
+    return scores(pooled, classes_of(pooled))
+
+def summary(
+    rows: pd.DataFrame,  # of one method and encoder
+) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1)
     """The scores of one method: pooled over the folds of a partition and averaged over partitions, and over the single
     folds."""
     rows = scored_rows(rows)
     counts = fold_counts(rows)
-    pool = lambda p: pd.concat([table for (q, _), table in counts.items() if q == p])
-    each = pd.DataFrame([scores(own := pool(p), classes_of(own))
-                         for p in sorted(rows["partition"].unique())]).astype(float)
+    partitions = sorted({partition for partition, _ in counts})
+    each = pd.DataFrame([pooled_scores(tuple(own for (p, _), own in counts.items() if p == partition))
+                         for partition in partitions]).astype(float)
     folds = rows[each.columns].astype(float)
     return pd.DataFrame(dict(pooled=each.mean(), mean=folds.mean(), deviation=folds.std()))
 
@@ -201,28 +358,40 @@ def common_places(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[int, int]]: # 
     "The places on which two methods are compared."
     return scored_places(set(places_of(a)) & set(places_of(b)))
 
+def partition_tables(
+    counts: dict[tuple[int, int], StoredCounts],  # of `fold_counts`
+    places: Sequence[tuple[int, int]],  # which of them
+) -> dict[int, pd.DataFrame]:
+    "The counts of the folds of each partition, pooled."
+    partitions = sorted({partition for partition, _ in places})
+    return {p: pd.concat([counts[place].table for place in places if place[0] == p]) for p in partitions}
+
 def paired_counts(
     a: pd.DataFrame,  # rows of one method and encoder
     b: pd.DataFrame,  # of another
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame], list[int]] | None:  # counts of both, and the partition of each
-    "What `compare` takes: of two splits each partition pooled. None if there is nothing in common."
+    "What `compare` takes: for two splits each partition pooled. None if the two have nothing in common."
     places = common_places(a, b)
-    x, y = ({place: counts for place, counts in fold_counts(rows).items() if place in places} for rows in (a, b))
+    x, y = fold_counts(a), fold_counts(b)
     if not places:
         return None
     if set(a["split"]) == set(b["split"]):
-        return list(x.values()), list(y.values()), [p for p, _ in places]
-    partitions = sorted({p for p, _ in places})
-    x, y = ([pd.concat([counts[place] for place in places if place[0] == p]) for p in partitions] for counts in (x, y))
-    same = all(sorted(s["name"]) == sorted(t["name"]) for s, t in zip(x, y))
-    return (x, y, partitions) if same else None
+        return [x[place].table for place in places], [y[place].table for place in places], [p for p, _ in places]
+    x, y = partition_tables(x, places), partition_tables(y, places)
+    same = all(sorted(x[p]["name"]) == sorted(y[p]["name"]) for p in x)
+    return (list(x.values()), list(y.values()), list(x)) if same else None
 
-COMPARED = ["folder", "partition", "fold", "split"]  # what a comparison depends on
+# %% ../../nbs/62_rows.ipynb #837f5848
+COMPARED = ["counts", "partition", "fold", "split", "folder"]  # what a comparison needs of a row
 
 @lru_cache(maxsize=1024)
-def compared(a: tuple[tuple, ...], b: tuple[tuple, ...]) -> Comparison | None: # `COMPARED` of the rows of two methods
+def compared(
+    a: tuple[tuple, ...],  # `COMPARED` of the rows of one method
+    b: tuple[tuple, ...],  # of another
+) -> Comparison | None:
     "`difference`, computed once: tables and figures ask for the same comparisons, and a stored run never changes."
-    a, b = (pd.DataFrame(rows, columns=COMPARED) for rows in (a, b))
+    a = pd.DataFrame(a, columns=COMPARED)
+    b = pd.DataFrame(b, columns=COMPARED)
     pairs = paired_counts(a, b)
     if pairs is None:
         return None
@@ -234,7 +403,7 @@ def difference(
     a: pd.DataFrame,  # rows of one method and encoder
     b: pd.DataFrame,  # of another
 ) -> Comparison | None:  # a - b; None: no fold in common
-    """Paired difference of `iou_macro` on what both have, with a 95 % interval from resampled tiles where that is a
+    """Paired difference of `iou_macro` on what both have, with a 95 % interval from resampled tiles if that is a
     whole partition."""
     return compared(*(tuple(rows[COMPARED].itertuples(index=False, name=None)) for rows in (a, b)))
 
@@ -243,8 +412,10 @@ def folds_text(result: Comparison, places: Sequence[tuple[int, int]]) -> str:
     "The differences in single folds, partitions set apart by a slash."
     if len(result.folds) != len(places):
         return " / ".join(f"{d:+.3f}" for d in result.folds)
-    own = lambda p: " ".join(f"{d:+.3f}" for d, place in zip(result.folds, places) if place[0] == p)
-    return " / ".join(own(p) for p in sorted({p for p, _ in places}))
+    texts = {}
+    for d, (partition, _) in zip(result.folds, places):
+        texts.setdefault(partition, []).append(f"{d:+.3f}")
+    return " / ".join(" ".join(texts[partition]) for partition in sorted(texts))
 
 def difference_columns(
     name: str,  # of the column
