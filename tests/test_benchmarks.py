@@ -1,4 +1,4 @@
-"The benchmarks notebook runs through papermill at its smallest setting, keeps its measures, refuses unknown parameters."
+"The benchmarks notebook runs through papermill at its smallest setting, and refuses parameters it does not know."
 import os
 import subprocess
 import sys
