@@ -1,4 +1,8 @@
 """Every public function with photographs of any shape: not square, grey or in colour, one class or several."""
+import ast
+from importlib import import_module
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -21,6 +25,15 @@ from dli.pictures import plot_curve
 SHAPES = st.tuples(st.sampled_from((24, 40, 64)), st.sampled_from((32, 48, 72)), st.sampled_from((1, 3)))
 CLASSES = st.sampled_from((("pitting",), ("a b", "Straße"), ("0", "$\\frac$", "_under")))
 
+TABLES = {"BLENDS", "DATASETS", "ENCODERS", "FREE", "METHODS", "MT_CLASSES", "PRESETS", "RESULTS"}
+ROWS_AND_TYPES = {"BlendOptions", "Comparison", "Counts", "Dataset", "Encoder", "Loss", "Method", "Preset"}
+ERRORS = {"BadPredictions", "DamagedDataset", "DownloadError", "WeightsUnavailable"}
+OF_SQUARE_TILES = {"fetch_magnetic_tiles", "find_magnetic_tiles", "fold_table", "load_dataset", "magnetic_tiles",
+                   "read_folds", "synthetic_tiles", "verify_magnetic_tiles"}
+OF_RUNS = {"load_model", "load_runs", "notebook_config", "publish", "resolve", "run", "run_folder", "run_key",
+           "run_name", "run_samples"}
+NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS
+
 
 def parts(height: int, width: int, channels: int, classes: tuple[str, ...], seed: int = 0) -> Samples:
     "Six parts of each class and twelve clean ones, a photograph each: a blob of its own grey on noise."
@@ -39,9 +52,23 @@ def parts(height: int, width: int, channels: int, classes: tuple[str, ...], seed
     return Samples(np.stack(images), np.stack(masks), table, classes, "own")
 
 
+def public_names(*wings: str) -> set[str]:
+    "What the doors of some wings hand out."
+    return {name for wing in wings for name in import_module(f"dli.{wing}").__all__}
+
+
 def as_tensors(samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.from_numpy(samples.images)
     return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)), torch.from_numpy(samples.masks)
+
+
+def test_every_public_name_that_takes_images_is_walked():
+    "The study's names take rows; those listed here are tables, names of runs, or make a data set of their own."
+    here = {node.id for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Name)}
+    here |= {node.attr for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Attribute)}
+    public = public_names("data", "method", "network", "scoring", "experiment")
+    assert sorted(public - here - NOT_WALKED) == [], "walk it below, or say in NOT_WALKED why not"
+    assert sorted(NOT_WALKED - public) == []
 
 
 @given(SHAPES, CLASSES)
