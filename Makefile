@@ -24,9 +24,11 @@ help: ## this list
 
 install: .venv/installed ## make .venv, install the package with its dev tools, install git hooks
 
+# dli was the name of the distribution before 0.2.0: rows would go on noting its version.
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip uninstall -qq --yes dli
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
 	@touch $@

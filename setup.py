@@ -25,7 +25,8 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    package_dir={"": "."},  # an editable install becomes a plain path: found before a clone called dli in the current folder
+    # so an editable install becomes a plain path, which is found before a clone called dli in the current folder
+    package_dir={"": "."},
     packages=find_packages(include=["dli", "dli.*"]),
     package_data={"dli": ["**/*.csv"]},
     python_requires=f">={cfg['min_python']}",
