@@ -40,7 +40,7 @@ METHODS["my-loss"] = Method(loss="mine")
 METHODS["my-method"] = Method(inject=dict(fill="all", choose="random"))
 ENCODERS["resnet34"] = Encoder("resnet34", ("layer3", "layer4", "fc"))
 BLENDS["halves"] = halves
-METHODS["my-blend"] = Method(inject=dict(blend="halves"))
+METHODS["my-blend"] = Method(inject=dict(blend="halves", p_poisson=1.0))
 DATASETS["darker"] = replace(DATASETS["synthetic"], load=darker, fingerprint=lambda: "d" * 16, mean=0.2, deviation=0.06)
 rows = {}
 for name, choice in dict(loss=dict(method="my-loss"), method=dict(method="my-method"), blend=dict(method="my-blend"),

@@ -1,4 +1,4 @@
-"""The house: which room may import which, what the doors hand out, how a notebook is written, and what a light import loads."""
+"""The house: what doors hand out, which room may import which, how a notebook is written, what a light import loads."""
 import ast
 import json
 import re
@@ -60,7 +60,7 @@ def test_a_door_lists_what_its_rooms_make_public(wing):
     listed = import_module(f"dli.{wing}").__all__
     assert len(listed) == len(set(listed))
     assert sorted(set(listed) - behind) == [], "in the door, and public in no room"
-    assert sorted(behind - set(listed)) == [], "public in a room, and missing in the door: list it, or make it `#| exporti`"
+    assert sorted(behind - set(listed)) == [], "public in a room, missing in the door: list it, or use `#| exporti`"
 
 
 @pytest.mark.parametrize("package", ["dli", *(f"dli.{wing}" for wing in WINGS)])
@@ -78,7 +78,7 @@ def test_no_name_is_behind_two_doors_or_is_that_of_a_wing():
     assert sorted({name for name in names if names.count(name) > 1}) == []
     assert not {*WINGS, "files", "pictures"} & set(names)
     assert set(dli.__all__) <= set(names), "the top level hands out what the wings' doors do"
-    assert len(names) <= 110, "a public name is one that a user needs"
+    assert len(names) <= 130, "a public name is one that a user needs"
 
 
 def test_no_public_name_is_that_of_a_room():
@@ -98,11 +98,11 @@ def test_old_module_paths_are_gone(name):
 
 @pytest.mark.parametrize("path", ROOMS, ids=dotted)
 def test_no_arrow_runs_back(path):
-    "Wings import those before them in the chain, rooms those before them in their wing; method and network do not meet."
+    "Wings import those before them in the chain, rooms those before them in their wing."
     wing = dotted(path).partition(".")[0]
     for room in imported_rooms(path):
         other = room.partition(".")[0]
-        assert LEVELS[other] < LEVELS[wing] or other == wing or (wing, other) == ("scoring", "network"), f"imports {room}"
+        assert LEVELS[other] < LEVELS[wing] or other == wing, f"imports {room}"
         source = PACKAGE / f"{room.replace('.', '/')}.py"
         if source.is_file() and not source.name.startswith("_"):
             assert number(source) < number(path), f"imports {room}, which is read later"
