@@ -6,6 +6,8 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
+from typing import get_type_hints
 
 import pytest
 
@@ -71,6 +73,15 @@ def test_every_name_of_a_door_is_found(package):
         assert getattr(door, name) is not None
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'dynamic'"):
         door.dynamic
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_annotations_of_public_names_resolve(wing):
+    "The site's pages ask for them; a package that is imported in a function only can't be named in an annotation."
+    door = import_module(f"dli.{wing}")
+    for name in door.__all__:
+        if isinstance(getattr(door, name), (type, FunctionType)):
+            get_type_hints(getattr(door, name))
 
 
 def test_no_name_is_behind_two_doors_or_is_that_of_a_wing():
