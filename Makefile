@@ -24,9 +24,11 @@ help: ## this list
 
 install: .venv/installed ## make .venv, install the package with its dev tools, install git hooks
 
+# dli was the name of the distribution before 0.2.0: rows would go on noting its version.
 .venv/installed: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip uninstall -qq --yes dli
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; fi
 	@touch $@
@@ -67,11 +69,11 @@ prepare: install ## export the notebooks, clean them, render the README: before 
 	$(MAKE) readme
 
 readme: # README.md from nbs/index.ipynb, its code marked as Python
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' > $(README)
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb \
+	  | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' > $(README)
 
-# Quarto names the page of 00_data.ipynb data.html, and so do the links that nbdev makes: name the notebooks so for smalldocs.
+# The page of 10_samples.ipynb is samples.html: so Quarto has it, and so do the links that nbdev makes.
 docs: install ## the site, in _docs, with pip alone (where Quarto is installed, nbdev_docs builds it from the same files)
-	$(BIN)/python -c "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(force=True)"
-	cd _proc && sed -i '/output-file: /d' *.ipynb && sed -i 's/[0-9][0-9]_//' sidebar.yml && for page in [0-9][0-9]_*.ipynb; do mv $$page $${page#*_}; done
+	$(BIN)/python docs.py
 	$(BIN)/smalldocs render --strict _proc
 	rm -rf _docs && mv _proc/_docs _docs

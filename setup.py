@@ -8,8 +8,14 @@ parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
+
+def requirements(*names: str) -> list[str]:
+    "The requirements of some lists of settings.ini, each once."
+    return list(dict.fromkeys(line for name in names for line in cfg[f"{name}_requirements"].split()))
+
+
 setup(
-    name=cfg["lib_name"],
+    name=cfg["dist_name"],
     version=cfg["version"],
     description=cfg["description"],
     long_description=Path("README.md").read_text(encoding="utf-8"),
@@ -19,12 +25,22 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    package_dir={"": "."},  # an editable install becomes a plain path: found before a clone called dli in the current folder
+    # so an editable install becomes a plain path, which is found before a clone called dli in the current folder
+    package_dir={"": "."},
     packages=find_packages(include=["dli", "dli.*"]),
     package_data={"dli": ["**/*.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "ray": cfg["ray_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    extras_require={
+        "train": requirements("train"),
+        "study": requirements("train", "study"),
+        "ray": requirements("train", "ray"),
+        "docs": requirements("docs"),
+        "dev": requirements("train", "study", "docs", "dev"),
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -1,4 +1,4 @@
-"The benchmarks notebook runs through papermill at its smallest setting, keeps what it measured, and refuses what it does not know."
+"The benchmarks notebook runs through papermill at its smallest setting, and refuses parameters it does not know."
 import os
 import subprocess
 import sys
@@ -8,14 +8,16 @@ import pandas as pd
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/benchmarks.ipynb"
-SMALL = dict(dataset="synthetic", size=64, largest=128, per_class=2, rivals_per_class=1, batch=16, repeats=2, train_batch=4, train_repeats=1, epoch_images=16, epoch_repeats=1,
-             side_repeats=1, window=0.5, format_steps=5, format_seeds=2)
+SMALL = dict(dataset="synthetic", size=64, largest=128, per_class=2, rivals_per_class=1, batch=16, repeats=2,
+             train_batch=4, train_repeats=1, epoch_images=16, epoch_repeats=1, side_repeats=1, window=0.5,
+             format_steps=5, format_seeds=2)
 
 
 def papermill(cwd, **parameters):
     flags = [str(word) for name, value in parameters.items() for word in ("-p", name, value)]
     done = [str(a) for a in (Path(sys.executable).parent / "papermill", NOTEBOOK, cwd / "out.ipynb", *flags)]
-    return subprocess.run(done, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(done, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def measures(folder):
@@ -27,15 +29,17 @@ def test_every_measure_has_its_line_and_its_files(tmp_path):
     done = papermill(tmp_path, **SMALL, out="kept")
     assert done.returncode == 0, done.stderr
     found = measures(tmp_path / "kept")
-    for start in ("largest error", "mean error", "times faster than seamlessClone, RGB", "the same, the worst class", "times faster than seamlessClone, grey",
-                  "times faster than fpie", "times faster than pie-torch", "a whole call on a batch of 16, 12 injections", "cost grows", "peak extra memory",
-                  "a step, resnet18", "an epoch, mobileone_s1", "two processes, quick preset, efficientnet_lite0"):
+    for start in ("largest error", "mean error", "times faster than seamlessClone, RGB", "the same, the worst class",
+                  "times faster than seamlessClone, grey", "times faster than fpie", "times faster than pie-torch",
+                  "a whole call on a batch of 16, 12 injections", "cost grows", "peak extra memory", "a step, resnet18",
+                  "an epoch, mobileone_s1", "two processes, quick preset, efficientnet_lite0"):
         assert found.index.str.startswith(start).any(), f"no line for: {start}"
     assert found.notna().all()
-    names = {"error", "opencv_fates", "opencv_milliseconds", "opencv", "rivals", "whole_call", "size", "memory", "parts", "summary"}
-    names |= {f"training_{name}" for name in ("step", "gain", "epoch", "side_by_side", "limit", "memory", "tried", "formats")}
+    figures = {"error", "opencv", "rivals", "whole_call", "size", "memory", "parts"}
+    training = ("step", "gain", "epoch", "side_by_side", "limit", "memory", "tried", "formats")
+    names = {*figures, "opencv_fates", "opencv_milliseconds", "summary", *(f"training_{name}" for name in training)}
     assert names <= {p.stem for p in (tmp_path / "kept").glob("*.csv")}
-    assert {"error", "opencv", "rivals", "whole_call", "size", "memory", "parts"} <= {p.stem for p in (tmp_path / "kept").glob("*.png")}
+    assert figures <= {p.stem for p in (tmp_path / "kept").glob("*.png")}
     assert "synthetic, 64x64, 2 injections of each class, medians of 2" in (tmp_path / "kept/machine.txt").read_text()
 
 
