@@ -1134,8 +1134,8 @@ def replication_figure(runs: pd.DataFrame) -> Figure:
              for c, face, label in (("C0", "C0", "ours"), ("0.4", "white", "printed, mean over the paper's encoders"))]
     figure.legend(handles=kinds, loc="outside upper right", ncols=2)
     text = (f"Our methods under the authors' protocol, beside the paper's Table 1. Lowest training IoU of a class: "
-            f"{', '.join(f'{m} {v:.2f}' for m, v in zip(labels, table['lowest_train_iou']))}. Here it is this that "
-            f"counts; the verdict below is that of the tile split")
+            f"{', '.join(f'{m} {v:.2f}' for m, v in zip(labels, table['lowest_train_iou']))}. The verdict below "
+            f"is about the tile split")
     return caption(figure, f"{text}.\n{notes_of(table)}")
 
 # %% ../nbs/08_figures.ipynb #08-figures-093
