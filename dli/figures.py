@@ -16,20 +16,21 @@ __all__ = ['BUDGET', 'PLACE', 'COMPARED', 'PRINTED_AS', 'METRIC_NOTE', 'ADMISSIB
            'table1', 'table2', 'in_style', 'caption', 'injects', 'fold_dots', 'unit_axis', 'bar', 'draw_class',
            'fig3_iou_per_class', 'table3_iou_per_class', 'forest', 'table1_differences', 'again_pairs', 'again_text',
            'influence_of', 'tiles_text', 'comparison_row', 'comparison_rows', 'primary_rows', 'primary_influences',
-           'comparisons_table', 'noise_table', 'comparisons_figure', 'influence_figure', 'Variances', 'variances_of',
-           'half_width', 'power_of', 'power_table', 'power_figure', 'chosen_images', 'read_regions', 'photographs_of',
-           'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor', 'fig4_qualitative',
-           'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_groups', 'weak_row',
-           'table5_weak_supervision', 'fig5_weak_supervision', 'lead_columns', 'replication_row', 'replication_groups',
-           'replication_table', 'replication_figure', 'split_groups', 'leak_rows', 'leakage_table', 'leakage_figure',
-           'attribution_table', 'attribution_figure', 'policy_table', 'score_panel', 'labelled_rows', 'score_panels',
-           'policy_figure', 'seam_scores', 'shortcut_table', 'shortcut_figure', 'ladder_groups', 'ladder_rows',
-           'ladder_table', 'draw_reported', 'draw_steps', 'ladder_figure', 'dataset_numbers', 'source_text',
-           'fig2_histogram', 'telling_step', 'draw_photo', 'connect', 'draw_injections', 'draw_counts', 'fig1_pipeline',
-           'finish_pipeline', 'median_donor', 'window', 'window_side', 'draw_blends', 'fig8_blends', 'plain_lines',
-           'markdown_line', 'markdown_cell', 'markdown_text', 'latex_cell', 'latex_text', 'save_table', 'save_figure',
-           'save_artifact', 'draw_artifact', 'verdict_text', 'counted', 'comparison_text', 'best_text', 'leak_text',
-           'lead_text', 'weak_text', 'missing_text', 'study_runs', 'notebook_runs']
+           'comparisons_table', 'noise_row', 'noise_table', 'comparisons_figure', 'influence_figure', 'Variances',
+           'variances_of', 'half_width', 'power_of', 'power_table', 'power_figure', 'chosen_images', 'read_regions',
+           'photographs_of', 'image_iou', 'comparable', 'draw_example', 'qualitative', 'best_competitor',
+           'fig4_qualitative', 'fractions_of', 'fig6_weak_qualitative', 'fig7_ablation_qualitative', 'weak_groups',
+           'weak_row', 'table5_weak_supervision', 'fig5_weak_supervision', 'lead_columns', 'replication_row',
+           'replication_groups', 'replication_table', 'replication_figure', 'split_groups', 'leak_rows',
+           'leakage_table', 'leakage_figure', 'attribution_table', 'attribution_figure', 'policy_table', 'score_panel',
+           'labelled_rows', 'score_panels', 'policy_figure', 'seam_scores', 'shortcut_table', 'shortcut_figure',
+           'ladder_groups', 'ladder_rows', 'ladder_table', 'draw_reported', 'draw_steps', 'ladder_figure',
+           'dataset_numbers', 'source_text', 'fig2_histogram', 'telling_step', 'draw_photo', 'connect',
+           'draw_injections', 'draw_counts', 'fig1_pipeline', 'finish_pipeline', 'median_donor', 'window',
+           'window_side', 'draw_blends', 'fig8_blends', 'plain_lines', 'markdown_line', 'markdown_cell',
+           'markdown_text', 'latex_cell', 'latex_text', 'save_table', 'save_figure', 'save_artifact', 'draw_artifact',
+           'verdict_text', 'counted', 'comparison_text', 'best_text', 'leak_text', 'lead_text', 'weak_text',
+           'missing_text', 'study_runs', 'notebook_runs']
 
 # %% ../nbs/08_figures.ipynb #08-figures-003
 import math
@@ -760,18 +761,29 @@ def comparisons_table(runs: pd.DataFrame) -> pd.DataFrame:
     return titled(table, one_budget(pd.concat([shown, *again])), text, runs)
 
 # %% ../nbs/08_figures.ipynb #08-figures-068f
+def noise_row(
+    encoder: str,
+    method: str,
+    first: pd.DataFrame,  # its rows
+    second: pd.DataFrame,  # and those of its second training
+) -> dict:
+    "What a table says of an A/A pair."
+    places = common_places(first, second)
+    micro = [summary(at_places(rows, places)).loc["iou_micro", "pooled"] for rows in (first, second)]
+    return dict(encoder=encoder, difference_of=f"{method} - {method} again",
+                **difference_columns("difference", first, second), iou_micro=micro[0], iou_micro_again=micro[1],
+                folds=len(places))
+
 def noise_table(runs: pd.DataFrame) -> pd.DataFrame:
     "The A/A pairs: methods against themselves, trained again with another seed."
     pairs = {(e, m): pair for e in encoders_of(runs) for m, pair in again_pairs(runs[runs["encoder"] == e]).items()}
     if not pairs: raise NoRows("there is no run with another training seed yet")
-    rows = [dict(encoder=e, difference_of=f"{m} - {m} again", **difference_columns("difference", first, second),
-                 folds=len(common_places(first, second)))
-            for (e, m), (first, second) in pairs.items()]
+    rows = [noise_row(e, m, first, second) for (e, m), (first, second) in pairs.items()]
     shown = one_budget(pd.concat([rows for first, second in pairs.values()
                                   for rows in (at_places(first, places_of(second)), second)]))
     return titled(pd.DataFrame(rows), shown,
                   "A/A pairs: difference of iou_macro between two trainings of the same method that differ in the seed "
-                  "alone", runs)
+                  "alone; iou_micro, pooled, of the first and of the one again", runs)
 
 def comparisons_figure(runs: pd.DataFrame) -> Figure:
     "The primary comparisons, and below them the A/A pairs."
