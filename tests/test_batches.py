@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dli.data.synthetic import synthetic_tiles
-from dli.experiment.batches import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, normalise,
+from dli.experiment.loader import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, normalise,
                                     run_injection, run_samples, shuffled)
 from dli.experiment.config import RunConfig, resolve
 from dli.experiment.datasets import DATASETS, Dataset, data_fingerprint, load_dataset, resolve_dataset

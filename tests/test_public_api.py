@@ -15,7 +15,7 @@ from PIL import Image
 import dli
 from dli.data import Samples, dataset_table, one_hot, show_samples
 from dli.experiment import RunConfig, evaluate, fit, plot_predictions, predict, predict_samples
-from dli.experiment.batches import batches, run_injection
+from dli.experiment.loader import batches, run_injection
 from dli.experiment.evaluation import with_patches
 from dli.experiment.steps import run_loss
 from dli.experiment.training import make_row

@@ -20,7 +20,7 @@ import torch
 
 from conftest import patch
 from dli import files
-from dli.experiment.batches import batches, run_samples
+from dli.experiment.loader import batches, run_samples
 from dli.experiment.config import METHODS, RECIPE, RunConfig, resolve, run_key
 from dli.experiment.datasets import MAGNETIC_TILES
 from dli.experiment.evaluation import predict_samples, save_pictures

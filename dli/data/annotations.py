@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from .._extras import extra
+
 # %% ../../nbs/17_annotations.ipynb #eb0b1fa9
 @dataclass(frozen=True)
 class Note:
@@ -356,10 +358,8 @@ def read_labelme(
 # %% ../../nbs/17_annotations.ipynb #1df8e668
 def coco_tools():
     "The module `pycocotools.mask`. Raises ImportError that says how to get it."
-    try:
+    with extra("coco"):
         from pycocotools import mask
-    except ImportError as e:
-        raise ImportError("COCO files are read with pycocotools: pip install 'dynamic-label-injection[coco]'") from e
     return mask
 
 def drawn_outline(

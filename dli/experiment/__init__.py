@@ -5,7 +5,7 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "datasets": "DATASETS Dataset load_dataset",
     "config": "METHODS PRESETS Method Preset RunConfig notebook_config resolve run_key run_name",
     "store": "RESULTS load_runs publish run_folder",
-    "batches": "batches run_injection run_samples",
+    "loader": "batches run_injection run_samples",
     "evaluation": "evaluate plot_predictions predict predict_samples",
     "state": "fit",
     "training": "load_model run",

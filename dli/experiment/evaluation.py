@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..data.samples import Samples, find_marked, find_shown
-from .batches import as_batch, chance, normalise
+from .loader import as_batch, chance, normalise
 from .datasets import MAGNETIC_TILES, Dataset
 from ..method.donors import DonorPool
 from ..method.injection import DynamicLabelInjection

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.samples import Samples
-from .batches import batches, run_injection
+from .loader import batches, run_injection
 from .config import RECIPE, RunConfig, evaluation_steps, learning_rate, resolve, run_name
 from .datasets import DATASETS, Dataset
 from .evaluation import predict_samples

@@ -16,12 +16,12 @@ from torch import nn
 from torch.func import functional_call
 
 from ..data.samples import Samples
-from .batches import normalise
+from .loader import normalise
 from .config import RunConfig
 from .datasets import MAGNETIC_TILES, Dataset
 from ..network.losses import Lovasz, SegmentationLoss, make_loss
 from ..network.models import lightweight_unet
-from ..network.speed import float32_depthwise_gradients, fold_decoder, memory_format, slice_attention
+from ..network.speed import faster
 
 # %% ../../nbs/55_steps.ipynb #06-training-069
 def torch_dtype(
@@ -42,11 +42,7 @@ def run_model(
         torch.manual_seed(config.seed)
         model = lightweight_unet(config.encoder, classes=len(train.classes), weights=config.weights,
                                  channels=channels, decoder_channels=config.decoder)
-    if device.type == "cpu":
-        if torch_dtype(config) == torch.bfloat16:
-            float32_depthwise_gradients(model)
-        fold_decoder(slice_attention(model))
-    return model.float().to(device, memory_format=memory_format(config.encoder, device))
+    return faster(model, device, torch_dtype(config))
 
 # %% ../../nbs/55_steps.ipynb #06-training-068a
 def run_loss(

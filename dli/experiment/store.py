@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import save
 from torch import nn
 
+from .. import __version__
 from .config import KEY_DEFAULTS, RECIPE, RunConfig, resolve, run_key, run_name
 from ..files import csv_bytes, locked, read_table, write_whole
+from ..network.models import save_weights
 from ..scoring.metrics import scores
 
 # %% ../../nbs/52_store.ipynb #06-training-133
@@ -138,13 +139,13 @@ def code_commit() -> str | None:
         return None
 
 # %% ../../nbs/52_store.ipynb #06-training-094
-PACKAGES = ("dli", "torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "scipy",
+PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "scipy",
             "opencv-python-headless")  # numbers depend on them
 
 
 def versions() -> dict[str, str]:
     "Versions of Python and of those `PACKAGES` that are installed."
-    found = dict(python=platform.python_version())
+    found = dict(python=platform.python_version(), dli=__version__)
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -200,7 +201,7 @@ def write_run(
     write_curve(folder, curve)
     write_whole(folder / "counts.csv", csv_bytes(counts))
     write_whole(folder / "regions.npz", as_npz(name=counts["name"].to_numpy(str), regions=regions))
-    write_whole(folder / "model.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
+    save_weights(model, folder / "model.safetensors")
     write_whole(folder / "row.json", as_json(row))
 
 # %% ../../nbs/52_store.ipynb #07-study-007

@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..data.samples import Samples
-from .batches import run_samples
+from .loader import run_samples
 from .config import RunConfig, resolve, run_key
 from .evaluation import alarms_at_seams, evaluate, save_pictures
 from .state import CHECKPOINTS, TrainingState, device_of, fit
 from .steps import run_model
 from .store import complete_row, read_row, run_folder, write_config, write_run
 from ..files import locked
+from ..network.models import load_weights
 from ..network.speed import chosen_device
 from ..scoring.metrics import scores
 
@@ -121,5 +121,4 @@ def load_model(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the weights of a finished run; call run(config) first")
     model = run_model(replace(resolve(config), weights=None, weights_hash=None), train, chosen_device(device))
-    model.load_state_dict(load_file(path))
-    return model
+    return load_weights(model, path)

@@ -383,7 +383,7 @@ def show_batch(
     classes: tuple[str, ...],  # class names
     limit: int = 8,  # injections shown at most
     ignore_index: int | None = None,  # the masks' value for pixels that count for nothing; None: there are none
-) -> "matplotlib.figure.Figure":
+):  # the figure
     "The clean targets of a batch, and what became of them. Raises ValueError if the plan does not fit the others."
     import matplotlib.pyplot as plt
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .._extras import extra
 from ..data.masks import check_ignore_index, check_scale, check_shapes, find_ignored, one_hot, values_can_be_read
 from .weights import authors_weights, class_number, image_weights, pixel_weights
 
@@ -74,7 +75,8 @@ class WeightedBCE(nn.Module):
 # %% ../../nbs/31_losses.ipynb #57362644
 def focal_loss() -> nn.Module:
     "smp's focal loss with gamma 2 and no alpha (Lin et al. 2017)."
-    import segmentation_models_pytorch as smp
+    with extra("train"):
+        import segmentation_models_pytorch as smp
 
     return smp.losses.FocalLoss(smp.losses.MULTILABEL_MODE, alpha=None, gamma=2)
 
@@ -116,7 +118,8 @@ class Dice(nn.Module):
 # %% ../../nbs/31_losses.ipynb #1ddfb42b
 def tversky_loss() -> nn.Module:
     "smp's Tversky loss: a false pixel costs 0.3, a missed one 0.7 (Salehi et al. 2017)."
-    import segmentation_models_pytorch as smp
+    with extra("train"):
+        import segmentation_models_pytorch as smp
 
     return smp.losses.TverskyLoss(smp.losses.MULTILABEL_MODE, alpha=0.3, beta=0.7)
 

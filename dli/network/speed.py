@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._extras import extra
 from .models import ENCODERS
 
 # %% ../../nbs/33_speed.ipynb #06-training-048
@@ -87,8 +88,9 @@ class Depthwise(nn.Module):
         self,
         conv: nn.Conv2d,  # its weights are shared
     ):
-        from timm.layers import Conv2dSame
-        from timm.layers.padding import pad_same
+        with extra("train"):
+            from timm.layers import Conv2dSame
+            from timm.layers.padding import pad_same
 
         super().__init__()
         self.weight, self.stride, self.kernel = conv.weight, conv.stride, conv.kernel_size
@@ -146,7 +148,8 @@ def slice_attention(
     model: nn.Module,  # altered
 ) -> nn.Module:  # the model
     "Replace the `SplitAttn` modules of a model by `SlicedAttention`."
-    from timm.layers.split_attn import SplitAttn
+    with extra("train"):
+        from timm.layers.split_attn import SplitAttn
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -234,7 +237,8 @@ def fold_decoder(
     model: nn.Module,  # an smp U-Net; altered
 ) -> nn.Module:  # the model
     "Replace the stages of an smp U-Net's decoder by `FoldedBlock`."
-    from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
+    with extra("train"):
+        from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
     for i, block in enumerate(model.decoder.blocks):
         if isinstance(block, UnetDecoderBlock):

@@ -207,7 +207,9 @@ def lead_text(
     own, dli = table.loc["baseline"], table.loc["dli-authors"]
     return (f"Under the authors' protocol dli-authors has an iou_micro of {dli['iou_micro']:.3f} and baseline "
             f"{own['iou_micro']:.3f} ({counted(own['folds'], 'fold')}): a lead of {own['lead']:+.3f}, where the paper "
-            f"prints {dli['printed_avg']:.3f} and {own['printed_avg']:.3f}, a lead of {own['printed_lead']:+.3f}.")
+            f"prints {dli['printed_avg']:.3f} and {own['printed_avg']:.3f}, a lead of {own['printed_lead']:+.3f}. "
+            f"On its own training images a method's lowest IoU of a class is {dli['lowest_train_iou']:.2f} for "
+            f"dli-authors and {own['lowest_train_iou']:.2f} for baseline.")
 
 # %% ../../nbs/68_artifacts.ipynb #28eb32ea
 def weak_text(

@@ -118,7 +118,7 @@ def fig3_iou_per_class(
             row[0].set_ylabel(encoder)
     figure.get_layout_engine().set(wspace=0.06)
     text = ("IoU of each class, pooled over folds (bars) and in each fold (dots); grey: methods that inject nothing, "
-            "dashed: the best of them")
+            "dashed: the best of them; each method over the partitions it has")
     return with_notes(figure, text, notes_text(runs, shown))
 
 # %% ../../nbs/64_figures.ipynb #08-figures-067

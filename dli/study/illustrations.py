@@ -22,7 +22,7 @@ from ..data.samples import FREE, Samples, dataset_table
 from ..method.donors import DonorPool
 from ..method.plan import InjectionPlan, class_presence, draw_plan
 from ..method.injection import DynamicLabelInjection
-from ..experiment.batches import as_batch, chance, shuffled
+from ..experiment.loader import as_batch, chance, shuffled
 from .tables import printed_values
 
 # %% ../../nbs/67_illustrations.ipynb #08-figures-119

@@ -25,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .._extras import extra
 from ..network.models import ENCODERS, Encoder
 from ..network.speed import default_device
 from ..experiment.config import METHODS, PRESETS, Method, Preset, RunConfig, evaluation_steps, run_key, run_name
@@ -173,7 +174,8 @@ def run_elsewhere(job: str, # of `as_job`
                   out: str, # the store that its files will be written to
                   ) -> dict[str, bytes]: # `FILES`
     "What a Ray task does: it trains one run in a temporary folder of its node and returns the small files."
-    import ray
+    with extra("ray"):
+        import ray
     node = ray.get_runtime_context().get_node_id()
     folder = train_job(job, str(Path(tempfile.gettempdir()) / f"dli-{node}"))
     files = small_files(folder, out)
@@ -187,7 +189,8 @@ def ray_cluster():
 
     Raises ImportError if Ray is not installed."""
     try:
-        import ray
+        with extra("ray"):
+            import ray
     except ImportError as e:
         raise ImportError("engine='ray' needs Ray, which is not installed: pip install '.[ray]' in a clone of this "
                           "project") from e

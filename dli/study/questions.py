@@ -25,7 +25,7 @@ from .rows import (NoRows, common_places, difference_columns, encoders_of, label
 from .tables import (last_columns, method_table, methods_shown, notes_of, notes_text, printed_of,
                               score_columns, size_columns, titled)
 from .figures import bar, draw_interval, forest, unit_axis, with_notes
-from .comparisons import comparison_rows
+from .comparisons import FIT_NOTE, comparison_rows
 
 # %% ../../nbs/66_questions.ipynb #08-figures-091a
 def replication_groups(runs: pd.DataFrame) -> dict[str, pd.DataFrame]: # of one encoder; method -> rows
@@ -96,7 +96,10 @@ def replication_figure(
            xlabel="iou_micro (Eq. 8), mean and deviation over folds")
     kinds = {"ours": ("C0", "C0"), "printed, mean over the paper's encoders": ("0.4", "white")}
     figure.legend(handles=marker_handles(kinds), loc="outside upper right", ncols=2)
-    return with_notes(figure, "Our methods under the authors' protocol, beside the paper's Table 1", notes_of(table))
+    fits = ", ".join(f"{m} {v:.2f}" for m, v in zip(labels, table["lowest_train_iou"]))
+    text = (f"Our methods under the authors' protocol, beside the paper's Table 1. Lowest training IoU of a class: "
+            f"{fits}. The verdict below is about the tile split")
+    return with_notes(figure, text, notes_of(table))
 
 # %% ../../nbs/66_questions.ipynb #08-figures-093
 def split_groups(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, pd.DataFrame]]: # by encoder and method
@@ -197,7 +200,8 @@ def attribution_table(
     table.insert(2, "what", table["difference_of"].map(named))
     text = ("Paired differences in iou_macro, 95 % interval from resampled tiles, in each partition and fold. dli, "
             "inject-random, sampler and share see the same share of defective images, baseline fewer: a difference to "
-            "baseline mixes that with everything else. sampler and share draw with replacement, the others shuffle")
+            "baseline mixes that with everything else. sampler and share draw with replacement, the others shuffle; "
+            f"{FIT_NOTE}")
     return titled(table, shown, text, runs)
 
 def attribution_figure(

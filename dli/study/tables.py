@@ -295,6 +295,15 @@ METRIC_NOTE = ("iou_macro: mean over classes of the IoU pooled over the held-out
 PRINTED_NOTE = dict(table1="the printed DLI fills every clean image, so it stands beside dli-all",
                     table2="the printed ones fill every clean image, ours leave some clean")
 
+def uneven_text(
+    table: pd.DataFrame,  # with a column partitions
+) -> str:  # empty if all rows have the same number
+    "A warning where some methods have more partitions than others."
+    if table["partitions"].nunique() < 2:
+        return ""
+    return ("; scores are over the partitions that a method has: between methods with one and with more, only "
+            "dli_minus compares the same folds")
+
 def compared_methods(
     runs: pd.DataFrame,  # of `load_runs`
     methods: Sequence[str],  # keys of `METHODS`
@@ -304,7 +313,8 @@ def compared_methods(
     "Table 1 or 2."
     shown = methods_shown(runs, methods, common)
     table = method_table(shown, methods, ["iou_macro", "iou_micro"], ["clean_alarm"])
-    return titled(with_printed(with_average(table), artifact), shown, f"{METRIC_NOTE}; {PRINTED_NOTE[artifact]}", runs)
+    text = f"{METRIC_NOTE}{uneven_text(table)}; {PRINTED_NOTE[artifact]}"
+    return titled(with_printed(with_average(table), artifact), shown, text, runs)
 
 # %% ../../nbs/63_tables.ipynb #08-figures-048
 def table1(
@@ -331,5 +341,5 @@ def table3_iou_per_class(
     table = method_table(shown, methods, [], names)
     table = table[["encoder", "method", *names, "lowest_train_iou", "lowest_in", "folds", "partitions"]]
     return titled(table, shown,
-                  "IoU of each class, pooled over folds; iou_of_images: all channels, over the images of one class",
-                  runs)
+                  "IoU of each class, pooled over folds, over the partitions that a method has; iou_of_images: all "
+                  "channels, over the images of one class", runs)
