@@ -140,7 +140,8 @@ def test_mixed_with_a_flat_source_is_the_target(case):
 @given(blends(), st.floats(-0.3, 0.3))
 def test_level_of_the_source_does_not_matter(case, level):
     dst, src, mask = case
-    torch.testing.assert_close(poisson_blend(dst, src * 0.5 + 0.3 + level / 2, mask), poisson_blend(dst, src * 0.5, mask), atol=EXACT, rtol=0)
+    lifted, plain = src * 0.5 + 0.3 + level / 2, src * 0.5
+    torch.testing.assert_close(poisson_blend(dst, lifted, mask), poisson_blend(dst, plain, mask), atol=EXACT, rtol=0)
 
 
 @properties
@@ -162,8 +163,9 @@ def test_source_far_away_does_not_matter(case):
         y, x = torch.nonzero(m).unbind(1)
         if len(y):
             box[max(y.min() - 1, 0):y.max() + 2, max(x.min() - 1, 0):x.max() + 2] = True
-    other = torch.where(boxes[:, None], src * 3, 9.0)
-    assert torch.equal(poisson_blend(dst, other, mask), poisson_blend(dst, torch.where(boxes[:, None], src * 3, 0.0), mask))
+    near = src * 3
+    bright, dark = (torch.where(boxes[:, None], near, far) for far in (9.0, 0.0))
+    assert torch.equal(poisson_blend(dst, bright, mask), poisson_blend(dst, dark, mask))
 
 
 @properties
@@ -217,7 +219,8 @@ def test_full_mask_with_mixed_gradients(h, w, blend):
     out = blend(dst, src, torch.ones(1, h, w, dtype=torch.bool), True)[0, 0].double().numpy()
     steps = [[np.diff(x[0, 0].double().numpy(), axis=axis) for axis in (0, 1)] for x in (src, dst)]
     wanted = [np.where(abs(t) > 1.001 * abs(s), t, s) for s, t in zip(*steps)]
-    rise = [-np.diff(np.pad(v, room), axis=axis) for axis, (v, room) in enumerate(zip(wanted, (((1, 1), (0, 0)), ((0, 0), (1, 1)))))]
+    rooms = ((1, 1), (0, 0)), ((0, 0), (1, 1))
+    rise = [-np.diff(np.pad(v, room), axis=axis) for axis, (v, room) in enumerate(zip(wanted, rooms))]
     y, x = np.mgrid[:h, :w]
     waves = 4 - 2 * np.cos(np.pi * y / h) - 2 * np.cos(np.pi * x / w)
     spectrum = dctn(rise[0] + rise[1], norm="ortho") / np.where(waves, waves, 1)
@@ -229,7 +232,8 @@ def test_full_mask_with_mixed_gradients(h, w, blend):
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("blend", [poisson_blend, blend_tensors_of], ids=["compiled", "tensors"])
 def test_values_that_are_no_numbers_are_refused(value, mix, blend):
-    dst, src, mask = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3), torch.zeros(1, 9, 9, dtype=torch.bool)
+    dst, src = torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.3)
+    mask = torch.zeros(1, 9, 9, dtype=torch.bool)
     mask[0, 3:6, 3:6], src[0, 0, 4, 4] = True, value
     with pytest.raises(ValueError, match="NaN"):
         blend(dst, src, mask, mix)
@@ -255,7 +259,8 @@ def test_blends_that_look_at_whole_images_refuse_no_numbers(value, where):
 
 def test_one_pixel_image():
     dst, mask = torch.full((1, 1, 1, 1), 0.3), torch.ones(1, 1, 1, dtype=torch.bool)
-    assert torch.equal(poisson_blend(dst, dst + 0.5, mask), dst) and torch.equal(poisson_blend_image(dst, dst + 0.5, mask), dst)
+    for blend in (poisson_blend, poisson_blend_image):
+        assert torch.equal(blend(dst, dst + 0.5, mask), dst)
 
 
 def test_range():
@@ -277,8 +282,9 @@ def test_residual_on_a_large_region():
     for axis in (0, 1):
         step = np.diff(g - s, axis=axis)
         front, back = np.delete(np.indices(g.shape)[axis], -1, axis), np.delete(np.indices(g.shape)[axis], 0, axis)
-        np.add.at(residual, (front, np.indices(step.shape)[1]) if axis == 0 else (np.indices(step.shape)[0], front), step)
-        np.add.at(residual, (back, np.indices(step.shape)[1]) if axis == 0 else (np.indices(step.shape)[0], back), -step)
+        other = np.indices(step.shape)[1 - axis]
+        np.add.at(residual, (front, other) if axis == 0 else (other, front), step)
+        np.add.at(residual, (back, other) if axis == 0 else (other, back), -step)
     assert np.abs(residual[inside]).max() < EXACT and inside.sum() > 2000
 
 
@@ -313,7 +319,8 @@ def test_grow_mask(case, margin):
 
 
 @properties
-@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30), st.sampled_from((0, 0.01, 0.2, 1)), st.integers(0, 8))
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30), st.sampled_from((0, 0.01, 0.2, 1)),
+       st.integers(0, 8))
 def test_boxes_and_growing_of_windows(seed, h, w, share, margin):
     mask = np.random.default_rng(seed).random((h, w)) < share
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -357,7 +364,8 @@ def test_poisson_refuses_half_precision():
 
 
 @properties
-@given(blends(), st.booleans(), st.sampled_from((torch.uint8, torch.float32, torch.float64)), st.sampled_from((0, -3, 5)))
+@given(blends(), st.booleans(), st.sampled_from((torch.uint8, torch.float32, torch.float64)),
+       st.sampled_from((0, -3, 5)))
 def test_tensors_agree_with_the_compiled_kernel(case, mix, dtype, shift):
     "The path for other devices, here on the CPU; the range that results are clamped to included."
     dst, src = ((x * 200 + 20).to(dtype) if dtype == torch.uint8 else x.to(dtype) + shift for x in case[:2])
@@ -365,7 +373,8 @@ def test_tensors_agree_with_the_compiled_kernel(case, mix, dtype, shift):
     blend_tensors(list(out), list(src), list(mask), mix)
     expected = poisson_blend(dst, src, mask, mix)
     assert torch.equal(out[~mask[:, None].expand_as(out)], dst[~mask[:, None].expand_as(dst)])
-    assert (out.double() - expected.double()).abs().max() <= (1 if dtype == torch.uint8 else 2 * EXACT * (1 + abs(shift)))
+    allowed = 1 if dtype == torch.uint8 else 2 * EXACT * (1 + abs(shift))
+    assert (out.double() - expected.double()).abs().max() <= allowed
 
 
 @properties
@@ -378,9 +387,15 @@ def test_mixed_gradients_do_not_hang_on_rounding(case, step):
 
 
 @pytest.mark.parametrize("x", (
-    torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5).bfloat16(), torch.zeros(0, 1, 4, 4), torch.zeros(3, 5, 5, dtype=torch.int64),
-    torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(2, 2, dtype=torch.bool), torch.rand(3, 1, 2, 2, requires_grad=True),
-    torch.rand(8, 8)[:, ::2]), ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}")
+    torch.rand(2, 3, 4, 5),
+    torch.rand(2, 3, 4, 5).bfloat16(),
+    torch.zeros(0, 1, 4, 4),
+    torch.zeros(3, 5, 5, dtype=torch.int64),
+    torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    torch.ones(2, 2, dtype=torch.bool),
+    torch.rand(3, 1, 2, 2, requires_grad=True),
+    torch.rand(8, 8)[:, ::2],
+), ids=lambda x: f"{tuple(x.shape)}-{x.dtype}-{x.stride()}")
 def test_copy_batch_is_clone(x):
     copy = copy_batch(x)
     assert torch.equal(copy, x) and copy.dtype == x.dtype and copy.stride() == x.clone().stride()

@@ -457,7 +457,8 @@ def test_unreachable_host_says_where_to_put_the_folder(server, monkeypatch):
     patch(monkeypatch, "MT_URL", "http://127.0.0.1:9/master.zip")
     with pytest.raises(DownloadError) as error:
         magnetic_tiles(size=16)
-    assert "root=" in str(error.value) and "DLI_DATA" in str(error.value) and str(magnetic.cache_folder()) in str(error.value)
+    message = str(error.value)
+    assert "root=" in message and "DLI_DATA" in message and str(magnetic.cache_folder()) in message
 
 
 def test_damaged_download_never_reaches_the_cache(server, small):

@@ -41,10 +41,12 @@ properties = settings(deadline=None, max_examples=40)
 def make_samples(masks, images=None, classes=CLASSES):
     "Samples from masks; images are random unless given."
     masks = np.asarray(masks, np.uint8)
-    images = np.random.default_rng(0).integers(0, 256, masks.shape, np.uint8) if images is None else np.asarray(images, np.uint8)
+    if images is None:
+        images = np.random.default_rng(0).integers(0, 256, masks.shape, np.uint8)
+    images = np.asarray(images, np.uint8)
     names = [classes[m.max() - 1] if m.any() else "Free" for m in masks]
-    table = pd.DataFrame({"name": [f"image {i}" for i in range(len(masks))], "class": names, "tile": range(len(masks)), "exposure": 1,
-                          "width": 1, "height": 1, "usable": True})
+    table = pd.DataFrame({"name": [f"image {i}" for i in range(len(masks))], "class": names,
+                          "tile": range(len(masks)), "exposure": 1, "width": 1, "height": 1, "usable": True})
     return Samples(images, masks, table, classes, "by hand")
 
 
@@ -61,7 +63,9 @@ def random_samples(seed, n=8, size=(16, 12), classes=CLASSES, colour=False):
 def random_batch(seed, n=6, size=(16, 12), channels=1, dtype=torch.uint8, mask_dtype=torch.uint8):
     "Images, and masks of which about half are clean; some show several classes."
     rng = np.random.default_rng(seed)
-    masks = rng.integers(0, len(CLASSES) + 1, (n, *size)) * (rng.random((n, *size)) < 0.01) * (rng.random(n) < 0.6)[:, None, None]
+    labels = rng.integers(0, len(CLASSES) + 1, (n, *size))
+    defective = (rng.random((n, *size)) < 0.01) * (rng.random(n) < 0.6)[:, None, None]
+    masks = labels * defective
     images = torch.from_numpy(rng.integers(0, 256, (n, channels, *size), np.uint8))
     return images if dtype == torch.uint8 else images.to(dtype) / 255, torch.from_numpy(masks).to(mask_dtype)
 
@@ -84,7 +88,8 @@ def test_a_donor_per_image_and_class():
     masks[0, 2:4, 2:4], masks[0, 7:9, 5:8], masks[2, :3, 4:] = 1, 3, 3
     pool = DonorPool(make_samples(masks))
     assert len(pool) == 3 and pool.counts == {"Blowhole": 1, "Break": 0, "Crack": 2}
-    assert [(d.name, d.label, d.box) for d in pool.donors] == [("image 0", 1, (2, 2, 2, 2)), ("image 0", 3, (7, 5, 2, 3)), ("image 2", 3, (0, 4, 3, 6))]
+    assert [(d.name, d.label, d.box) for d in pool.donors] == [
+        ("image 0", 1, (2, 2, 2, 2)), ("image 0", 3, (7, 5, 2, 3)), ("image 2", 3, (0, 4, 3, 6))]
 
 
 @properties
@@ -97,11 +102,14 @@ def test_crops_are_pieces_of_their_images(seed, transforms, margin):
         ys, xs = np.arange(y, y + h), np.arange(x, x + w)
         inside = np.ix_((ys >= 0) & (ys < mask.shape[0]), (xs >= 0) & (xs < mask.shape[1]))
         there = np.ix_(ys[(ys >= 0) & (ys < mask.shape[0])], xs[(xs >= 0) & (xs < mask.shape[1])])
-        assert donor.image.dtype == np.uint8 and (donor.image[0][inside] == image[there]).all() and (donor.mask[inside] == (mask[there] > 0)).all()
+        assert donor.image.dtype == np.uint8 and (donor.image[0][inside] == image[there]).all()
+        assert (donor.mask[inside] == (mask[there] > 0)).all()
         assert donor.mask[inside].sum() == (mask > 0).sum() and mask[donor.anchor] == donor.label
         top, left, height, width = donor.box
-        for low, high, begin, length, size in ((y, y + h, top, height, mask.shape[0]), (x, x + w, left, width, mask.shape[1])):
-            assert low <= max(begin - margin - 1, 0) and high >= min(begin + length + margin + 1, size), "room for the margin and one pixel"
+        rows, columns = (y, y + h, top, height, mask.shape[0]), (x, x + w, left, width, mask.shape[1])
+        for low, high, begin, length, size in (rows, columns):
+            assert low <= max(begin - margin - 1, 0), "room for the margin and one pixel"
+            assert high >= min(begin + length + margin + 1, size), "room for the margin and one pixel"
 
 
 @pytest.mark.parametrize("side", [70, 200, 500])
@@ -123,7 +131,8 @@ def test_transforms_by_class():
         DonorPool(random_samples(0), {"Craks": DonorTransform()})
 
 
-@pytest.mark.parametrize("wrong", [dict(flip=1.1), dict(p=-0.1), dict(rotate=181), dict(shift=2), dict(scale=1), dict(scale=float("nan"))])
+@pytest.mark.parametrize("wrong", [
+    dict(flip=1.1), dict(p=-0.1), dict(rotate=181), dict(shift=2), dict(scale=1), dict(scale=float("nan"))])
 def test_wrong_ranges(wrong):
     with pytest.raises(ValueError, match=f"expected 0 <= {next(iter(wrong))} <= "):
         DonorTransform(**wrong)
@@ -197,7 +206,8 @@ def test_plans_are_legal(seed, fill, choose):
 
 
 @properties
-@given(st.integers(0, 10**6), st.sampled_from(("uniform", "all")), st.integers(0, 3), st.sampled_from((torch.uint8, torch.int64)))
+@given(st.integers(0, 10**6), st.sampled_from(("uniform", "all")), st.integers(0, 3),
+       st.sampled_from((torch.uint8, torch.int64)))
 def test_class_counts_of_a_batch_after_injection(seed, fill, absent, mask_dtype):
     "As the protocol says, counted in the masks that come back; a class may have no donors."
     samples, (images, masks) = random_samples(seed, n=12), random_batch(seed + 1, n=14, mask_dtype=mask_dtype)
@@ -251,11 +261,13 @@ def test_p_poisson_changes_nothing_else(seed, p):
 
 
 def test_ranges_are_used_and_kept():
-    pool = DonorPool(random_samples(1), dict.fromkeys(CLASSES, DonorTransform(flip=0.25, p=0.5, rotate=20, shift=0, scale=0.3)))
+    ranges = DonorTransform(flip=0.25, p=0.5, rotate=20, shift=0, scale=0.3)
+    pool = DonorPool(random_samples(1), dict.fromkeys(CLASSES, ranges))
     plan = DynamicLabelInjection(pool, 0.25, "all").make_params(torch.zeros(4000, 16, 12, dtype=torch.uint8), seeded(0))
     moved = plan.angle != 0
     assert abs(moved.mean() - 0.5) < 0.03 and (plan.scale[~moved] == 1).all()
-    assert 19 < plan.angle.max() <= 20 and -20 <= plan.angle.min() < -19 and 1.28 < plan.scale.max() <= 1.3 and 0.7 <= plan.scale.min() < 0.72
+    assert 19 < plan.angle.max() <= 20 and -20 <= plan.angle.min() < -19
+    assert 1.28 < plan.scale.max() <= 1.3 and 0.7 <= plan.scale.min() < 0.72
     for flips in (plan.hflip, plan.vflip, plan.blend == "poisson"):
         assert abs(flips.mean() - 0.25) < 0.03
 
@@ -274,17 +286,21 @@ def test_draws_are_independent():
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from((torch.uint8, torch.float32)))
 def test_plans_replay_bit_for_bit(seed, image, dtype):
     images, masks = random_batch(seed, dtype=dtype)
-    inject = DynamicLabelInjection(DonorPool(random_samples(seed), WILD), fill="all", region="image" if image else "exact")
+    pool = DonorPool(random_samples(seed), WILD)
+    inject = DynamicLabelInjection(pool, fill="all", region="image" if image else "exact")
     plan = inject.make_params(masks, seeded(seed))
     again = InjectionPlan.from_json(plan.to_json())
     assert again == plan and all(getattr(again, n).dtype == getattr(plan, n).dtype for n in vars(plan))
-    for a, b, c in zip(inject(images, masks, seeded(seed)), inject.transform(images, masks, plan), inject.transform(images, masks, again)):
+    drawn = inject(images, masks, seeded(seed))
+    planned, replayed = (inject.transform(images, masks, p) for p in (plan, again))
+    for a, b, c in zip(drawn, planned, replayed):
         assert torch.equal(a, b) and torch.equal(b, c)
 
 
 def test_plans_replay_with_any_number_of_threads():
     images, masks = random_batch(0, n=12, size=(90, 80), channels=3, dtype=torch.float32)
-    inject, threads = DynamicLabelInjection(DonorPool(random_samples(0, size=(90, 80)), WILD), fill="all"), torch.get_num_threads()
+    inject = DynamicLabelInjection(DonorPool(random_samples(0, size=(90, 80)), WILD), fill="all")
+    threads = torch.get_num_threads()
     plan, results = inject.make_params(masks, seeded(0)), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
@@ -296,12 +312,14 @@ def test_plans_replay_with_any_number_of_threads():
 
 def all_injected(pool, n=6):
     "An injector, images, masks and a plan that fills them."
-    inject, images, masks = DynamicLabelInjection(pool, fill="all"), torch.zeros(n, 1, 16, 12), torch.zeros(n, 16, 12, dtype=torch.uint8)
+    inject = DynamicLabelInjection(pool, fill="all")
+    images, masks = torch.zeros(n, 1, 16, 12), torch.zeros(n, 16, 12, dtype=torch.uint8)
     return inject, images, masks, inject.make_params(masks, seeded(0))
 
 
 def test_damaged_plans():
-    text = DynamicLabelInjection(DonorPool(random_samples(0))).make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
+    inject = DynamicLabelInjection(DonorPool(random_samples(0)))
+    text = inject.make_params(torch.zeros(2, 16, 12, dtype=torch.uint8)).to_json()
     assert len(InjectionPlan.from_json(text)) == 0
     for wrong, message in ((text.replace('"angle"', '"angel"'), "expected a list for each of target, donor"),
                            (text.replace('"y": []', '"y": [1]'), "expected columns of one length, got .*'y': 1")):
@@ -324,7 +342,9 @@ def test_text_that_is_no_plan(text, message):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("target", "1.5"), ("donor", '"0"'), ("label", "null"), ("hflip", "2"), ("angle", '"a"'), ("scale", "NaN"), ("y", "[1]"), ("x", "1" + 30 * "0"), ("blend", "1")])
+    ("target", "1.5"), ("donor", '"0"'), ("label", "null"), ("hflip", "2"), ("angle", '"a"'), ("scale", "NaN"),
+    ("y", "[1]"), ("x", "1" + 30 * "0"), ("blend", "1"),
+])
 def test_values_that_a_column_would_alter(name, value):
     text = all_injected(DonorPool(random_samples(0)), 1)[3].to_json()
     column = json.dumps({name: json.loads(text)[name]})[1:-1]
@@ -412,7 +432,8 @@ def test_a_new_blend_labels_what_it_says_it_replaced(monkeypatch, region):
 
     monkeypatch.setitem(BLENDS, "everything", everything)
     images, masks = torch.ones(3, 1, 16, 12), torch.zeros(3, 16, 12, dtype=torch.uint8)
-    inject = DynamicLabelInjection(DonorPool(random_samples(0)), 1, "all", region=region, grow_label=True, blend="everything")
+    pool = DonorPool(random_samples(0))
+    inject = DynamicLabelInjection(pool, 1, "all", region=region, grow_label=True, blend="everything")
     after, labels = inject(images, masks, seeded(0))
     assert torch.equal(after[:, 0] == 0, labels > 0)
     assert region == "exact" or (labels > 0).all()
@@ -426,7 +447,8 @@ def test_a_plan_with_an_unknown_blend():
 
 def test_text_in_the_place_of_a_plan():
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
-    with pytest.raises(TypeError, match="plan: expected an InjectionPlan, got str; JSON text is read by InjectionPlan.from_json"):
+    message = "plan: expected an InjectionPlan, got str; JSON text is read by InjectionPlan.from_json"
+    with pytest.raises(TypeError, match=message):
         inject.transform(images, masks, plan.to_json())
 
 
@@ -435,14 +457,19 @@ def test_text_in_the_place_of_a_plan():
 def test_a_plan_is_refused_or_applied(seed, column, data):
     "Whatever number a hand puts into it: an injection, or a ValueError that names the column; never a crash."
     inject, images, masks, plan = all_injected(DonorPool(random_samples(seed), WILD), 2)
-    numbers = st.floats() | st.floats(0, 4) if column in ("angle", "scale") else st.integers(-2**40, 2**40) | st.integers(-1, 20)
+    if column in ("angle", "scale"):
+        numbers = st.floats() | st.floats(0, 4)
+    else:
+        numbers = st.integers(-2**40, 2**40) | st.integers(-1, 20)
     getattr(plan, column)[1] = data.draw(numbers)
     try:
         after, labels = inject.transform(images, masks, plan)
     except ValueError as error:
-        assert str(error).startswith("plan: expected") and (column in str(error) or "image" in str(error) or column == "donor")
+        message = str(error)
+        assert message.startswith("plan: expected") and (column in message or "image" in message or column == "donor")
     else:
-        assert after.isfinite().all() and (0 <= after).all() and (after <= 1).all() and set(labels[plan.target[1]].unique().tolist()) <= {0, plan.label[1]}
+        assert after.isfinite().all() and (0 <= after).all() and (after <= 1).all()
+        assert set(labels[plan.target[1]].unique().tolist()) <= {0, plan.label[1]}
 
 
 def test_plan_for_another_batch():
@@ -481,7 +508,8 @@ def test_unturned_donors_are_copied_to_the_pixel(seed):
     plan = inject.make_params(masks, seeded(seed))
     after, labels = inject.transform(images, masks, plan)
     for i, t in enumerate(plan.target):
-        turned = [np.flip(x[0], [a for a, flip in ((0, plan.vflip[i]), (1, plan.hflip[i])) if flip]) for x in (numbered, samples.masks)]
+        axes = [axis for axis, flip in ((0, plan.vflip[i]), (1, plan.hflip[i])) if flip]
+        turned = [np.flip(x[0], axes) for x in (numbered, samples.masks)]
         assert (labels[t].numpy() == turned[1]).all()
         assert (after[t, 0].numpy() == np.where(turned[1] > 0, turned[0], 255)).all()
 
@@ -493,13 +521,15 @@ def test_floats_are_the_donors_bytes(seed, dtype):
     inject = DynamicLabelInjection(DonorPool(samples, STILL), p_poisson=0, fill="all")
     after, labels = inject(torch.zeros(1, 1, 16, 12, dtype=dtype), torch.zeros(1, 16, 12, dtype=torch.int32))
     inside = labels[0] > 0
-    assert after.dtype == dtype and torch.equal(after[0, 0][inside], torch.from_numpy(samples.images[0]).to(dtype)[inside] / 255)
+    donor = torch.from_numpy(samples.images[0]).to(dtype)
+    assert after.dtype == dtype and torch.equal(after[0, 0][inside], donor[inside] / 255)
 
 
 @properties
 @given(st.integers(0, 10**6), st.tuples(st.integers(3, 24), st.integers(3, 24)))
 def test_label_equals_the_placed_mask_when_turned(seed, size):
-    "Donors white wherever they are defect and black elsewhere, in targets of any size: grey of 128 or more is where the label is."
+    """Donors white wherever they are defect and black elsewhere, in targets of any size: grey of 128 or more is where
+    the label is."""
     masks = random_samples(seed).masks
     pool = DonorPool(make_samples(masks, (masks > 0) * 255), WILD, margin=3)
     inject = DynamicLabelInjection(pool, p_poisson=0, fill="all")
@@ -533,38 +563,48 @@ def test_what_touches_a_border_still_does(seed, size):
 def test_a_donor_pulled_from_the_border_is_continued_by_its_mirror_image():
     mask, image = np.zeros((1, 9, 20), np.uint8), np.full((1, 9, 20), 100, np.uint8)
     mask[0, 3:6, :4], image[0, 3:6, :4] = 1, [10, 20, 30, 40]
-    inject = DynamicLabelInjection(DonorPool(make_samples(mask, image), dict(Blowhole=DonorTransform(0, 1, 0, 0.2, 0))), 0, "all")
+    pool = DonorPool(make_samples(mask, image), dict(Blowhole=DonorTransform(0, 1, 0, 0.2, 0)))
+    inject = DynamicLabelInjection(pool, 0, "all")
     plan = inject.make_params(torch.zeros(200, 9, 20, dtype=torch.uint8), seeded(0))
     i = int(np.flatnonzero((plan.x == plan.x.max()) & (plan.y == 4))[0])
     after, labels = inject.transform(*(torch.zeros(200, *s, dtype=torch.uint8) for s in ((1, 9, 20), (9, 20))), plan)
     assert plan.x.max() - inject.pool.donors[0].anchor[1] == 4
-    assert after[plan.target[i], 0, 4, :9].tolist() == [0, 40, 30, 20, 10, 20, 30, 40, 0] and (labels[plan.target[i], 4, :9] > 0).sum() == 7
+    assert after[plan.target[i], 0, 4, :9].tolist() == [0, 40, 30, 20, 10, 20, 30, 40, 0]
+    assert (labels[plan.target[i], 4, :9] > 0).sum() == 7
 
 
 @properties
-@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(0, 15), st.integers(0, 11), st.integers(0, 3))
+@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.integers(0, 15), st.integers(0, 11),
+       st.integers(0, 3))
 def test_a_donor_that_leaves_the_target_is_clipped(seed, transforms, y, x, margin):
     "Wherever in the target a plan puts a donor's anchor: it receives what a canvas around it would."
     inject = DynamicLabelInjection(DonorPool(random_samples(seed), transforms, margin), p_poisson=0.5, fill="all")
     target, canvas = (torch.zeros(1, *size, dtype=torch.uint8) for size in ((16, 12), (116, 112)))
     plan = inject.make_params(target, seeded(seed))
     plan.y[:], plan.x[:] = y, x
-    seen, whole = (inject.transform(m[:, None], m, replace(plan, y=plan.y + room, x=plan.x + room)) for m, room in ((target, 0), (canvas, 50)))
+    seen, whole = (inject.transform(m[:, None], m, replace(plan, y=plan.y + room, x=plan.x + room))
+                   for m, room in ((target, 0), (canvas, 50)))
     assert torch.equal(seen[1], whole[1][:, 50:66, 50:62])
     if plan.blend[0] == "cutpaste":
         assert torch.equal(seen[0], whole[0][:, :, 50:66, 50:62])
 
 
 @properties
-@given(st.integers(0, 10**6), st.sampled_from((FLIPS, WILD)), st.tuples(st.integers(3, 24), st.integers(3, 24)), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from((FLIPS, WILD)), st.tuples(st.integers(3, 24), st.integers(3, 24)),
+       st.booleans())
 def test_the_label_is_the_placed_mask_whatever_the_blend(seed, transforms, size, mix):
-    pool, images, masks = DonorPool(random_samples(seed), transforms), torch.rand(4, 1, *size), torch.zeros(4, *size, dtype=torch.int64)
+    pool = DonorPool(random_samples(seed), transforms)
+    images, masks = torch.rand(4, 1, *size), torch.zeros(4, *size, dtype=torch.int64)
     plan = DynamicLabelInjection(pool, fill="all").make_params(masks, seeded(seed))
-    labels = [DynamicLabelInjection(pool, mix_gradients=mix, region=region).transform(images, masks, replace(plan, blend=[blend] * 4))[1]
-              for blend in BLENDS for region in ("exact", "image")]
+    labels = []
+    for blend in BLENDS:
+        for region in ("exact", "image"):
+            inject = DynamicLabelInjection(pool, mix_gradients=mix, region=region)
+            labels.append(inject.transform(images, masks, replace(plan, blend=[blend] * 4))[1])
     assert all(torch.equal(labels[0], other) for other in labels[1:])
     for p in place_donors(pool, plan, images):
-        assert p.mask.sum() == (labels[0][p.target] > 0).sum() and torch.equal(labels[0][p.target][p.window] > 0, p.mask)
+        label = labels[0][p.target] > 0
+        assert p.mask.sum() == label.sum() and torch.equal(label[p.window], p.mask)
 
 
 def turned_label(angle, scale):
@@ -640,20 +680,23 @@ def test_poisson_takes_the_margin_and_the_label_does_not():
     samples = make_samples(samples.masks, samples.images)
     images, masks = random_batch(7, n=1, size=(32, 32))
     masks[:] = 0
+    donors, mask = torch.from_numpy(samples.images)[:, None], torch.from_numpy(samples.masks > 0)
     for margin in (0, 1, 4):
         pool = DonorPool(samples, STILL, margin)
         after, labels = DynamicLabelInjection(pool, p_poisson=1, fill="all")(images, masks)
-        mask = torch.from_numpy(samples.masks > 0)
         assert torch.equal(labels, torch.from_numpy(samples.masks))
-        assert torch.equal(after, poisson_blend(images, torch.from_numpy(samples.images)[:, None], grow_mask(mask, margin)))
-    after, labels = DynamicLabelInjection(pool, 1, "all", mix_gradients=True, region="image", grow_label=True)(images, masks)
+        assert torch.equal(after, poisson_blend(images, donors, grow_mask(mask, margin)))
+    inject = DynamicLabelInjection(pool, 1, "all", mix_gradients=True, region="image", grow_label=True)
+    after, labels = inject(images, masks)
     assert torch.equal(labels, grow_mask(mask, 4) * 2)
-    assert torch.equal(after, poisson_blend_image(images, torch.from_numpy(samples.images)[:, None], grow_mask(mask, 4)))
-    assert torch.equal(DynamicLabelInjection(pool, 0, "all", grow_label=True)(images, masks)[1], torch.from_numpy(samples.masks)), "cut-paste keeps the mask"
+    assert torch.equal(after, poisson_blend_image(images, donors, grow_mask(mask, 4)))
+    labels = DynamicLabelInjection(pool, 0, "all", grow_label=True)(images, masks)[1]
+    assert torch.equal(labels, torch.from_numpy(samples.masks)), "cut-paste keeps the mask"
 
 
 @properties
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((1, 3)), st.sampled_from((torch.uint8, torch.float32, torch.float64)),
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from((1, 3)),
+       st.sampled_from((torch.uint8, torch.float32, torch.float64)),
        st.sampled_from((torch.uint8, torch.int16, torch.int32, torch.int64)), st.sampled_from((STILL, FLIPS, WILD)))
 def test_only_clean_images_change_and_only_near_the_label(seed, mix, channels, dtype, mask_dtype, transforms):
     images, masks = random_batch(seed, channels=channels, dtype=dtype, mask_dtype=mask_dtype)
@@ -728,7 +771,8 @@ def test_class_without_donors_is_passed_over():
 
 def test_an_empty_batch():
     images, masks = torch.zeros(0, 1, 16, 12), torch.zeros(0, 16, 12, dtype=torch.uint8)
-    assert [x.shape for x in DynamicLabelInjection(DonorPool(random_samples(0)))(images, masks)] == [images.shape, masks.shape]
+    after, labels = DynamicLabelInjection(DonorPool(random_samples(0)))(images, masks)
+    assert after.shape == images.shape and labels.shape == masks.shape
 
 
 def test_a_donor_may_shrink_to_its_anchor():
@@ -736,14 +780,17 @@ def test_a_donor_may_shrink_to_its_anchor():
     plan.scale[:] = 1e-6
     for blend in BLENDS:
         after, labels = inject.transform(images, masks, replace(plan, blend=[blend] * 6))
-        assert after.isfinite().all() and torch.equal(labels.nonzero()[:, 1:][plan.target].T, torch.from_numpy(np.stack([plan.y, plan.x])))
+        places = labels.nonzero()[:, 1:][plan.target].T
+        assert after.isfinite().all() and torch.equal(places, torch.from_numpy(np.stack([plan.y, plan.x])))
 
 
 @properties
-@given(st.integers(0, 10**6), st.tuples(st.integers(1, 20), st.integers(1, 20)), st.sampled_from(("exact", "image")), st.booleans())
+@given(st.integers(0, 10**6), st.tuples(st.integers(1, 20), st.integers(1, 20)), st.sampled_from(("exact", "image")),
+       st.booleans())
 def test_any_size_of_target_and_donor(seed, size, region, mix):
     rng = np.random.default_rng(seed)
-    pool = DonorPool(random_samples(seed, n=4, size=tuple(rng.integers(1, 20, 2))), rng.choice([FLIPS, WILD]), margin=int(rng.integers(0, 4)))
+    samples = random_samples(seed, n=4, size=tuple(rng.integers(1, 20, 2)))
+    pool = DonorPool(samples, rng.choice([FLIPS, WILD]), margin=int(rng.integers(0, 4)))
     inject = DynamicLabelInjection(pool, fill="all", region=region, mix_gradients=mix, grow_label=mix)
     images, masks = torch.rand(3, 1, *size), torch.zeros(3, *size, dtype=torch.uint8)
     after, labels = inject(images, masks, seeded(seed))
@@ -773,7 +820,8 @@ def test_doing_nothing_warns_once(masks, reason):
         warnings.simplefilter("always")
         for _ in range(2 * PATIENCE + 1):
             inject(images, masks)
-    assert len(caught) == 1 and reason in str(caught[0].message) and "Crack" in str(caught[0].message) and caught[0].filename == __file__
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert reason in str(caught[0].message) and "Crack" in str(caught[0].message)
 
 
 def test_doing_something_does_not_warn():
@@ -797,8 +845,10 @@ def test_doing_something_does_not_warn():
      r"masks: expected integers .* got torch.float32 \(2, 8, 8\): they are all 0: pass masks.long\(\) if"),
     (dict(masks=torch.zeros(2, 8, 8, dtype=torch.bool)),
      r"got torch.bool .* True does not say of which class .*: pass masks.long\(\) \* k"),
-    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.uint16)), r"masks: expected integers .* got torch.uint16 .*: pass masks.long\(\)$"),
-    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)), r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\): pass masks\[:, 0\]$"),
+    (dict(masks=torch.zeros(2, 8, 8, dtype=torch.uint16)),
+     r"masks: expected integers .* got torch.uint16 .*: pass masks.long\(\)$"),
+    (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.long)),
+     r"masks: expected integers \(B, H, W\).* got torch.int64 \(2, 1, 8, 8\): pass masks\[:, 0\]$"),
     (dict(masks=torch.full((2, 1, 8, 8), 2.0)), r"got torch.float32 \(2, 1, 8, 8\): pass masks\[:, 0\].long\(\)$"),
     (dict(masks=torch.zeros(2, 5, 8, 8, dtype=torch.long)), r"got torch.int64 \(2, 5, 8, 8\): .*without channels$"),
     (dict(masks=torch.full((2, 8, 8), 0.3)),
@@ -814,7 +864,8 @@ def test_doing_something_does_not_warn():
      r"got torch.int64: pass images.to\(torch.uint8\), if they are in 0..255"),
     (dict(images=torch.zeros(2, 1, 8, 8).bfloat16()), r"got torch.bfloat16: pass images.float\(\); convert the result"),
     (dict(masks=torch.zeros(8, 8, dtype=torch.long)), r"got torch.int64 \(8, 8\): pass masks\[None\]$"),
-    (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)), r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
+    (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)),
+     r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
 ])
 def test_wrong_batches(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
@@ -827,8 +878,10 @@ def test_wrong_batches(change, message):
     (lambda s: DynamicLabelInjection(None), "pool: expected a DonorPool, got NoneType"),
     (lambda s: DonorPool((s.images, s.masks)), "DonorPool: expected Samples .*, got tuple"),
     (lambda s: DonorPool([s]), "DonorPool: expected Samples .*, got list"),
-    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}), r"transforms: expected a DonorTransform for 'Crack', got dict: pass DonorTransform\("),
-    (lambda s: DonorPool(s, DonorTransform()), "transforms: expected a dict with a DonorTransform for each class name, got DonorTransform"),
+    (lambda s: DonorPool(s, {"Crack": dict(rotate=5)}),
+     r"transforms: expected a DonorTransform for 'Crack', got dict: pass DonorTransform\("),
+    (lambda s: DonorPool(s, DonorTransform()),
+     "transforms: expected a dict with a DonorTransform for each class name, got DonorTransform"),
     (lambda s: DonorPool(s, ["Crack"]), "transforms: expected a dict .*, got list"),
     (lambda s: DonorPool(s, margin=2.5), "margin: expected a whole number of pixels, 0 or more, got 2.5"),
     (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
@@ -843,8 +896,10 @@ def test_wrong_types_of_a_pool(call, message):
     (dict(masks=np.zeros((2, 8, 8), int)), "masks: expected a torch tensor, got numpy.ndarray: torch.from_numpy"),
     (dict(images=[torch.zeros(1, 8, 8)] * 2), "images: expected a torch tensor, got list"),
     (dict(masks=None), "masks: expected a torch tensor, got NoneType"),
-    (dict(generator=0), r"generator: expected a torch.Generator on the CPU, .*, got 0: pass torch.Generator\(\).manual_seed\(0\)"),
-    (dict(generator=np.random.default_rng(0)), r"generator: expected a torch.Generator on the CPU, .*, got Generator\(PCG64\) at"),
+    (dict(generator=0),
+     r"generator: expected a torch.Generator on the CPU, .*, got 0: pass torch.Generator\(\).manual_seed\(0\)"),
+    (dict(generator=np.random.default_rng(0)),
+     r"generator: expected a torch.Generator on the CPU, .*, got Generator\(PCG64\) at"),
 ])
 def test_wrong_types_of_a_batch(change, message):
     good = dict(images=torch.zeros(2, 1, 8, 8), masks=torch.zeros(2, 8, 8, dtype=torch.long))
@@ -1098,15 +1153,18 @@ class Collate:
 
 
 def batches_of_workers(generator, start="fork"):
-    """Two epochs of four batches of the same two images, each batch by a worker of its own, in which a small defect may land anywhere:
-    as bytes, images and masks. Half are Poisson, so that compiled code runs in the workers, after it has run here."""
+    """Two epochs of four batches of the same two images, each batch by a worker of its own, in which a small defect
+    may land anywhere: as bytes, images and masks. Half are Poisson, so that compiled code runs in the workers, after
+    it has run here."""
     mask = np.zeros((1, 48, 48), np.uint8)
     mask[0, 20:24, 20:24] = 1
-    inject = DynamicLabelInjection(DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(p=1, shift=0.5))), fill="all")
+    pool = DonorPool(make_samples(mask), dict(Blowhole=DonorTransform(p=1, shift=0.5)))
+    inject = DynamicLabelInjection(pool, fill="all")
     data = [(torch.full((1, 48, 48), 0.5), torch.zeros(48, 48, dtype=torch.uint8))] * 8
     assert (inject(*torch.utils.data.default_collate(data))[1] > 0).any()
-    loader = torch.utils.data.DataLoader(data, 2, num_workers=4, collate_fn=Collate(inject, generator), generator=seeded(0),
-                                         multiprocessing_context=start, persistent_workers=start == "spawn")
+    loader = torch.utils.data.DataLoader(
+        data, 2, num_workers=4, collate_fn=Collate(inject, generator), generator=seeded(0),
+        multiprocessing_context=start, persistent_workers=start == "spawn")
     epochs = [list(loader), list(loader)]
     assert [len(e) for e in epochs] == [4, 4] and all((m > 0).flatten(1).any(1).all() for e in epochs for _, m in e)
     return [[i.numpy().tobytes() + m.numpy().tobytes() for i, m in e] for e in epochs]
@@ -1360,7 +1418,8 @@ def test_show_batch(channels, dtype):
     titles = [ax.get_title() for ax in fig.axes[:len(plan)]]
     assert titles == [f"{CLASSES[k - 1]}\n{name}" for k, name in zip(plan.label, plan.blend)]
     assert [ax.get_ylabel() for ax in (fig.axes[0], fig.axes[len(plan)])] == ["before", "after"]
-    nothing = show_batch(images, images, masks, InjectionPlan.from_json('{%s}' % ", ".join(f'"{n}": []' for n in vars(plan))), CLASSES)
+    empty = InjectionPlan.from_json(json.dumps({name: [] for name in vars(plan)}))
+    nothing = show_batch(images, images, masks, empty, CLASSES)
     assert nothing.axes[0].get_title() == "nothing injected"
 
 
@@ -1372,7 +1431,8 @@ def test_show_batch_of_what_has_gradients():
 
 @pytest.mark.parametrize("change, message", [
     (dict(classes=()), r"plan: expected 1 <= label <= 0, .*pass the class names of the plan's pool, not \(\)"),
-    (dict(after=torch.zeros(3, 1, 16, 12)), "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
+    (dict(after=torch.zeros(3, 1, 16, 12)),
+     "plan: expected 0 <= target <= 2, .*pass the batch of this plan, not 3 images"),
     (dict(masks=torch.zeros(2, 16, 12, dtype=torch.uint8)), "plan: expected 0 <= target <= 1, .*not 2 images"),
 ])
 def test_show_batch_of_another_batch(change, message):
