@@ -35,8 +35,9 @@ setup(
         "train": requirements("train"),
         "study": requirements("train", "study"),
         "ray": requirements("train", "ray"),
+        "coco": requirements("coco"),
         "docs": requirements("docs"),
-        "dev": requirements("train", "study", "docs", "dev"),
+        "dev": requirements("train", "study", "coco", "docs", "dev"),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -51,7 +51,7 @@ def imported_rooms(path: Path) -> set[str]:
             found |= {".".join(name[1:]) for name in names if name[0] == "dli"}
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("dli.") for alias in node.names if alias.name.startswith("dli.")}
-    return found
+    return found - {"__version__"}
 
 
 # ---- doors -----------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_no_name_is_behind_two_doors_or_is_that_of_a_wing():
     assert sorted({name for name in names if names.count(name) > 1}) == []
     assert not {*WINGS, "files", "pictures"} & set(names)
     assert set(dli.__all__) <= set(names), "the top level hands out what the wings' doors do"
-    assert len(names) <= 130, "a public name is one that a user needs"
+    assert len(names) <= 140, "a public name is one that a user needs"
 
 
 def test_no_public_name_is_that_of_a_room():
@@ -150,8 +150,10 @@ def test_a_room_is_no_larger_than_a_reader_can_take_in(path):
     cells = json.loads(path.read_text())["cells"]
     assert len(cells) <= 72
     for place, source in code_cells(path):
-        assert source.count("\n") < 30, f"cell {place}: {source[:80]}"
-        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in syntax(source)}
+        statements = syntax(source)
+        most = 70 if len(statements) == 1 and isinstance(statements[0], ast.ClassDef) else 30  # a class stands whole
+        assert source.count("\n") < most, f"cell {place}: {source[:80]}"
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in statements}
         if re.match(r"#\| *exporti?\b", source):
             assert len(kinds) <= 1, f"cell {place}: imports stand in a cell of their own"
 

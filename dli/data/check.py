@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 
 from .annotations import BadFile, Note, as_bytes
-from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, read_data_file, read_pair,
-                              read_parts)
+from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, read_data_file,
+                              read_pair, read_parts)
 from .samples import FREE, listed, same_name
 
 # %% ../../nbs/19_check.ipynb #20bbde8f

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUTS', 'DataFile', 'read_data_file', 'read_folder']
 
-# %% ../../nbs/18_folders.ipynb #203b0ce9
+# %% ../../nbs/18_folders.ipynb #6c8bf3ae
 import hashlib
 import json
 import re
@@ -22,8 +22,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .annotations import (BadFile, Note, as_bytes, binary_mask, colour_mask, index_mask, is_deep, labelme_shapes,
-                                  quarter_turns, read_coco_mask, read_json, read_labelme, read_levels, read_yolo, upright)
+from .annotations import (BadFile, Note, as_bytes, binary_mask, colour_mask, index_mask, is_deep,
+                                  labelme_shapes, quarter_turns, read_coco_mask, read_json, read_labelme,
+                                  read_levels, read_yolo, upright)
 from .samples import FREE, Samples, find_shown, listed, same_name
 
 # %% ../../nbs/18_folders.ipynb #8537001a
@@ -65,7 +66,7 @@ def as_classes(value) -> tuple[str, ...]:
         raise ValueError(f"classes: expected a list of names, got {value!r}")
     return tuple(map(str, value))
 
-# %% ../../nbs/18_folders.ipynb #4972fa2c
+# %% ../../nbs/18_folders.ipynb #b24ca130
 def one_of(value, allowed: Sequence, key: str):
     "The value. Raises ValueError where it is not allowed."
     if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
@@ -85,7 +86,8 @@ def as_pattern(value) -> str:
     except re.error as e:
         raise ValueError(f"part: {value!r} is no pattern: {e}") from e
     if not groups and not str(value).isidentifier():
-        raise ValueError(f"part: expected a pattern with a group in parentheses, or a column of parts.csv, got {value!r}")
+        raise ValueError(f"part: expected a pattern with a group in parentheses, or a column of parts.csv, "
+                         f"got {value!r}")
     return str(value)
 
 # %% ../../nbs/18_folders.ipynb #17b08bbc
@@ -319,7 +321,7 @@ def list_per_class(data: DataFile, found: Found) -> None:
         files = tuple(m for _, m in masks or ())
         found.entries.append(Entry(name_of(image, images_at), image, draw_classes(masks) if masks else None, files))
 
-# %% ../../nbs/18_folders.ipynb #665e155b
+# %% ../../nbs/18_folders.ipynb #113fa012
 def list_folders(
     data: DataFile,
     found: Found,  # appended to
@@ -342,14 +344,15 @@ def list_folders(
         for image in images:
             mask = pairs.get(image)
             draw = draw_classes([(data.classes.index(name) + 1, mask)]) if mask and not clean else None
-            found.entries.append(Entry(name_of(image, images_at), image, blank if clean else draw, (mask,) if mask else ()))
+            files = (mask,) if mask else ()
+            found.entries.append(Entry(name_of(image, images_at), image, blank if clean else draw, files))
 
+# %% ../../nbs/18_folders.ipynb #db01e08a
 def list_folder_per_class(data: DataFile, found: Found) -> None:
     "The layout folder-per-class: photographs and masks together, in a folder for each class."
     here = place(data, "images")
     list_folders(data, found, here, here)
 
-# %% ../../nbs/18_folders.ipynb #544b0458
 def list_mvtec(data: DataFile, found: Found) -> None:
     "The layout of MVTec AD: train/good, test/<class>, ground_truth/<class>."
     masks_at = place(data, "annotations")
@@ -418,13 +421,14 @@ def list_labelme(data: DataFile, found: Found) -> None:
         draw = path and (lambda size, tag, notes, path=path: read_labelme(path, size, tag, data.classes, notes))
         found.entries.append(Entry(name_of(image, images_at), image, draw, (path,) if path else ()))
 
-# %% ../../nbs/18_folders.ipynb #6b13a140
+# %% ../../nbs/18_folders.ipynb #d7144440
 def coco_file(data: DataFile) -> tuple[Path, dict]:
     "A COCO file and its content. Raises BadFile."
     path = place(data, "annotations")
     path = next(iter(sorted(path.glob("*.json"))), path) if path.is_dir() else path
     content = read_json(path) if path.is_file() else None
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations", "categories")):
+    lists = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in lists):
         raise BadFile(f"{path.name}: no COCO file: expected lists of images, annotations and categories")
     return path, content
 
@@ -432,18 +436,20 @@ def coco_classes(data: DataFile) -> tuple[str, ...]:
     "The categories of a COCO file, by their ids."
     return tuple(c["name"] for c in sorted(coco_file(data)[1]["categories"], key=lambda c: c["id"]))
 
-# %% ../../nbs/18_folders.ipynb #f48577c1
+# %% ../../nbs/18_folders.ipynb #64449216
 def list_coco(data: DataFile, found: Found) -> None:
     "The layout coco."
     images_at = place(data, "images")
     path, content = coco_file(data)
-    numbers = {c["id"]: data.classes.index(c["name"]) + 1 for c in content["categories"] if c["name"] in data.classes}
+    known = [c for c in content["categories"] if c["name"] in data.classes]
+    numbers = {c["id"]: data.classes.index(c["name"]) + 1 for c in known}
     images = files_below(images_at, SUFFIXES)
     names, ids = images_by_name(images), defaultdict(list)
     for row in content["images"]:
         image = find_image(str(row.get("file_name", "")), images_at, names, "")
         if image is None:
-            found.problems.append(Note(str(row.get("file_name")), "alone", f"is in {path.name}, not in {images_at.name}"))
+            text = f"is in {path.name}, not in {images_at.name}"
+            found.problems.append(Note(str(row.get("file_name")), "alone", text))
         else:
             ids[image].append(row["id"])
     by_image = defaultdict(list)
@@ -521,7 +527,7 @@ def find_entries(
     found.entries = [replace(e, mask=e.mask or blank) for e in found.entries]
     return data, found
 
-# %% ../../nbs/18_folders.ipynb #59949b04
+# %% ../../nbs/18_folders.ipynb #570fe773
 def part_by_pattern(
     name: str,
     pattern: str,
@@ -540,8 +546,8 @@ def read_parts(
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if "name" not in table:
         raise ValueError(f"{path.name}: expected a column name, got {', '.join(table.columns)}")
-    table["name"] = [same_name(str(PurePosixPath(n).with_suffix("")) if PurePosixPath(n).suffix.lower() in SUFFIXES else n)
-                     for n in table["name"]]
+    stem = lambda n: str(PurePosixPath(n).with_suffix("")) if PurePosixPath(n).suffix.lower() in SUFFIXES else n
+    table["name"] = [same_name(stem(n)) for n in table["name"]]
     return table.drop_duplicates("name").set_index("name")
 
 # %% ../../nbs/18_folders.ipynb #4c84dec1
@@ -567,7 +573,7 @@ def find_parts(
         raise ValueError(f"part: {data.part!r} finds no part for {sum(unknown)} photographs: {listed(names, unknown)}")
     return list(map(str, parts))
 
-# %% ../../nbs/18_folders.ipynb #d4ee3242
+# %% ../../nbs/18_folders.ipynb #31343da3
 def fit_mask(
     mask: np.ndarray,  # uint8, of an annotation
     size: tuple[int, int],  # height, width of the photograph, upright
@@ -581,7 +587,8 @@ def fit_mask(
     if quarter_turns(tag) and mask.shape == tuple(size[::-1]):
         notes.append(Note(file, "turned", "the mask is of the photograph as stored: it was turned with it"))
         return upright(mask, tag)
-    raise BadFile(f"{file}: the mask has {mask.shape[0]} x {mask.shape[1]} pixels, the photograph {size[0]} x {size[1]}")
+    raise BadFile(f"{file}: the mask has {mask.shape[0]} x {mask.shape[1]} pixels, "
+                  f"the photograph {size[0]} x {size[1]}")
 
 def read_pair(
     entry: Entry,
@@ -595,7 +602,7 @@ def read_pair(
     mask = fit_mask(entry.mask(size, tag, notes), size, tag, entry.name, notes)
     return as_bytes(levels, data.channels, span), mask
 
-# %% ../../nbs/18_folders.ipynb #135a9c9f
+# %% ../../nbs/18_folders.ipynb #71716088
 def find_span(
     entries: Sequence[Entry],
     found: Found,  # notes are appended to
@@ -610,7 +617,8 @@ def find_span(
     which = [deep(e.image) for e in entries]
     if not any(which):
         return None
-    limits = np.array([(v.min(), v.max()) for v in (read_levels(e.image)[0] for e, d in zip(entries, which) if d)], float)
+    levels = (read_levels(e.image)[0] for e, d in zip(entries, which) if d)
+    limits = np.array([(v.min(), v.max()) for v in levels], float)
     if not all(which):
         shallow = [e.name for e, d in zip(entries, which) if not d]
         found.notes.append(Note(shallow[0], "bits", f"{len(shallow)} photographs of 8 bits are among others of 16"))
@@ -727,7 +735,7 @@ def read_all(
                 rows.append((entry, windows, mask))
     return rows
 
-# %% ../../nbs/18_folders.ipynb #e356b9de
+# %% ../../nbs/18_folders.ipynb #702ed0a9
 def name_classes(
     shown: np.ndarray,  # bool (N, K): which classes each mask shows
     classes: Sequence[str],  # K names
@@ -737,10 +745,11 @@ def name_classes(
     first = np.where(shown, rank, len(classes)).argmin(1)
     return [classes[k] if some else FREE for k, some in zip(first, shown.any(1))]
 
+# %% ../../nbs/18_folders.ipynb #6d4154a6
 def cut_all(
     data: DataFile,
     rows: Sequence[tuple[Entry, list, np.ndarray]],  # of `read_all`
-) -> tuple[list[Entry], np.ndarray, np.ndarray, pd.DataFrame]:  # N entries; uint8 images and masks (N, ...); their table
+) -> tuple[list[Entry], np.ndarray, np.ndarray, pd.DataFrame]:  # N entries, images, masks and rows of a table
     "Every image that training sees. Raises ValueError where they have several sizes."
     flat = [(entry, end, image, mask, whole) for entry, windows, whole in rows for end, image, mask in windows]
     shapes = {image.shape: entry.name for entry, _, image, _, _ in flat}
@@ -752,10 +761,12 @@ def cut_all(
     # a photograph whose defect is lost when it is made smaller is still a defective one
     judged = [mask for _, _, _, mask, _ in flat] if data.crop else [whole for *_, whole in flat]
     shown = np.concatenate([find_shown(mask[None], data.classes) for mask in judged])
-    table = pd.DataFrame({"name": [entry.name + end for entry, end, *_ in flat], "class": name_classes(shown, data.classes),
-                          "exposure": 0, "width": [whole.shape[1] for *_, whole in flat],
+    table = pd.DataFrame({"name": [entry.name + end for entry, end, *_ in flat],
+                          "class": name_classes(shown, data.classes), "exposure": 0,
+                          "width": [whole.shape[1] for *_, whole in flat],
                           "height": [whole.shape[0] for *_, whole in flat], "usable": True})
-    return [entry for entry, *_ in flat], np.stack([image for _, _, image, _, _ in flat]), masks, table
+    images = np.stack([image for _, _, image, _, _ in flat])
+    return [entry for entry, *_ in flat], images, masks, table
 
 # %% ../../nbs/18_folders.ipynb #353827e0
 def read_folder(

@@ -188,12 +188,8 @@ def ray_cluster():
     """Ray, connected to the cluster at RAY_ADDRESS or of this machine, else to a new one on this machine alone.
 
     Raises ImportError if Ray is not installed."""
-    try:
-        with extra("ray"):
-            import ray
-    except ImportError as e:
-        raise ImportError("engine='ray' needs Ray, which is not installed: pip install '.[ray]' in a clone of this "
-                          "project") from e
+    with extra("ray"):
+        import ray
     connected = ray.is_initialized()
     if not connected:
         ray.init(log_to_driver=False)
