@@ -39,8 +39,9 @@ from .studies import STUDIES, missing, resolve_all, stores_of, study_configs
 # %% ../../nbs/61_matrix.ipynb #07-study-040
 def as_job(config: RunConfig) -> str: # JSON
     "A config, its method, its preset and its encoder as text."
-    values = config, METHODS[config.method], PRESETS[config.preset], ENCODERS[config.encoder]
-    return json.dumps([asdict(value) for value in values])
+    encoder = asdict(ENCODERS[config.encoder])
+    del encoder["package"]  # a function: a process takes that of its own row
+    return json.dumps([asdict(config), asdict(METHODS[config.method]), asdict(PRESETS[config.preset]), encoder])
 
 def train_job(job: str,               # of `as_job`
               out: str | None = None, # store to train in; None: the config's own
@@ -49,7 +50,8 @@ def train_job(job: str,               # of `as_job`
     config, method, preset, encoder = json.loads(job)
     METHODS[config["method"]] = Method(**method)
     PRESETS[config["preset"]] = Preset(**preset)
-    ENCODERS[config["encoder"]] = Encoder(**encoder)
+    own = ENCODERS.get(config["encoder"])
+    ENCODERS[config["encoder"]] = Encoder(**encoder, package=own and own.package)
     config = RunConfig(**config | dict(out=out or config["out"]))
     run(config, progress=False)
     read_run(run_folder(config))
