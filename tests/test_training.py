@@ -23,12 +23,13 @@ from dli import files
 from dli.experiment.loader import batches, run_samples
 from dli.experiment.config import METHODS, RECIPE, RunConfig, resolve, run_key
 from dli.experiment.datasets import MAGNETIC_TILES
-from dli.experiment.evaluation import predict_samples, save_pictures
+from dli.experiment.evaluation import predict_samples, save_pictures, with_patches
 from dli.experiment.state import CHECKPOINTS, advance, begin, fit, resume
 from dli.experiment.steps import GraphBody, GraphStep, loss_of_batch, run_loss, run_model, train_step
 from dli.experiment.store import ROW, complete_row, run_folder
 from dli.experiment.training import load_model, run
 from dli.files import locked, write_whole
+from dli.method import DonorPool
 from dli.scoring.metrics import scores
 
 
@@ -523,3 +524,16 @@ def test_no_global_generator_is_used(tmp_path):
     run(config(out=str(tmp_path)), progress=False)
     assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
     assert (before[1] == np.random.get_state()[1]).all()
+
+
+def test_seam_probes_vary_as_the_data_set_says(monkeypatch):
+    train, val = run_samples(config())
+    given = []
+
+    def watched(samples, transforms=None, **choices):
+        given.append(transforms)
+        return DonorPool(samples, transforms, **choices)
+
+    patch(monkeypatch, "DonorPool", watched)
+    with_patches(train, val, 0, 0.0)
+    assert given == [MAGNETIC_TILES.transforms], "rows of the study were probed so"

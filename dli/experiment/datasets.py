@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'Dataset', 'load_dataset']
 
 # %% ../../nbs/50_datasets.ipynb #6089f828
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..data.magnetic import (BrokenDownload, DownloadError, fetch_magnetic_tiles, find_magnetic_tiles,
@@ -25,6 +25,13 @@ class Dataset:
     mean: float  # of the grey levels, in [0, 1]
     deviation: float  # standard deviation of the grey levels, above 0
     transforms: Mapping[str, DonorTransform] = field(default_factory=dict)  # by class; another has `DonorTransform()`
+
+    def transforms_of(
+        self,
+        classes: Sequence[str],  # of some samples
+    ) -> dict[str, DonorTransform]:  # what a `DonorPool` of them takes
+        "The transforms of those classes that this data set knows."
+        return {c: self.transforms[c] for c in classes if c in self.transforms}
 
 # %% ../../nbs/50_datasets.ipynb #02-injection-011
 MT_TRANSFORMS = {

@@ -174,11 +174,12 @@ def with_patches(
     val: Samples,  # the validation part
     seed: int,  # of the run
     p_poisson: float,  # 0: patches are cut and pasted; 1: blended by Poisson
+    dataset: Dataset = MAGNETIC_TILES,  # says how donors of each class may vary
 ) -> Samples:
     "The clean validation images, a clean patch of the training part injected into each."
     clean = val[val.clean]
     images, masks = as_batch(clean, slice(None))
-    pool = DonorPool(clean_patches(train, seed))
+    pool = DonorPool(clean_patches(train, seed), dataset.transforms_of(train.classes))
     inject = DynamicLabelInjection(pool, p_poisson=p_poisson, fill="all", ignore_index=val.ignore_index)
     images, _ = inject(images, masks, generator=chance(seed, "patches", 1))
     images = images[:, 0] if clean.images.ndim == 3 else images.permute(0, 2, 3, 1)
@@ -199,6 +200,6 @@ def alarms_at_seams(
     for blend, p_poisson in (("cutpaste", 0.0), ("poisson", 1.0)):
         alarms[f"seam_alarm_{blend}"] = None
         if possible:
-            counts = evaluate(model, with_patches(train, val, seed, p_poisson), dtype, dataset)
+            counts = evaluate(model, with_patches(train, val, seed, p_poisson, dataset), dtype, dataset)
             alarms[f"seam_alarm_{blend}"] = scores(counts, val.classes)["clean_alarm"]
     return alarms

@@ -153,8 +153,8 @@ def run_injection(
     "The method's injection."
     if METHODS[config.method].inject is None:
         return None
-    transforms = DATASETS[resolve_dataset(config.dataset)].transforms
-    pool = DonorPool(train, {c: transforms[c] for c in train.classes if c in transforms}, margin=config.margin)
+    dataset = DATASETS[resolve_dataset(config.dataset)]
+    pool = DonorPool(train, dataset.transforms_of(train.classes), margin=config.margin)
     chosen = {name: getattr(config, name) for name in INJECTION}
     return DynamicLabelInjection(pool, **METHODS[config.method].inject | chosen)
 

@@ -22,6 +22,7 @@ from ..data.samples import FREE, Samples, dataset_table
 from ..method.donors import DonorPool
 from ..method.plan import InjectionPlan, class_presence, draw_plan
 from ..method.injection import DynamicLabelInjection
+from ..experiment.datasets import MAGNETIC_TILES
 from ..experiment.loader import as_batch, chance, shuffled
 from .tables import printed_values
 
@@ -176,7 +177,7 @@ def fig1_pipeline(
     seed: int = 0,  # of the run whose step is drawn
 ) -> Figure:
     "Fig. 1: a batch, the donors that its plan names, and the balanced batch."
-    pool = DonorPool(train)
+    pool = DonorPool(train, MAGNETIC_TILES.transforms_of(train.classes))
     inject = DynamicLabelInjection(pool)
     step = telling_step(train, inject, batch_size, seed)
     images, masks, plan = planned_step(train, inject, batch_size, seed, step)
@@ -242,7 +243,8 @@ def fig8_blends(
     seed: int = 0,  # of the transforms
 ) -> Figure:
     "Fig. 8: clean target, donor, its mask, Poisson, cut-paste; a row per class."
-    pool, clean = DonorPool(train), np.flatnonzero(train.clean)
+    pool = DonorPool(train, MAGNETIC_TILES.transforms_of(train.classes))
+    clean = np.flatnonzero(train.clean)
     donors = [median_donor(pool, k + 1) for k in range(len(train.classes)) if (pool.labels == k + 1).any()]
     targets = clean[np.arange(len(donors)) * len(clean) // len(donors)]
     images, masks = as_batch(train, targets)
