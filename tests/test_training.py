@@ -534,6 +534,6 @@ def test_seam_probes_vary_as_the_data_set_says(monkeypatch):
         given.append(transforms)
         return DonorPool(samples, transforms, **choices)
 
-    patch(monkeypatch, "DonorPool", watched)
+    monkeypatch.setattr("dli.experiment.evaluation.DonorPool", watched)
     with_patches(train, val, 0, 0.0)
     assert given == [MAGNETIC_TILES.transforms], "rows of the study were probed so"
