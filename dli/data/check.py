@@ -87,8 +87,8 @@ def judge_parts(
     "Whether each of the five folds can validate a class: `split_samples` refuses what is refused here."
     if parts < FOLDS:
         shown = f"{parts} part" if parts == 1 else f"{parts} parts"
-        found.problems.append(Note(name, "parts", f"is seen on {shown}, {FOLDS} folds need at least {FOLDS}: add "
-                                                  "photographs of other parts, or leave the class out"))
+        found.problems.append(Note(name, "parts", f"is seen on {shown}: {FOLDS} folds need at least {FOLDS}, "
+                                                  "add photographs of other parts"))
 
 def judge_classes(
     table: pd.DataFrame,  # of `count_classes`

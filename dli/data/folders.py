@@ -667,15 +667,7 @@ def part_by_pattern(
     hit = re.search(pattern, name)
     return next((g for g in hit.groups() if g is not None), None) if hit else None
 
-def read_parts(
-    data: DataFile,
-) -> pd.DataFrame | None:  # indexed by name; None: there is no parts.csv
-    "The table of parts. Raises ValueError."
-    path = data.root / "parts.csv"
-    if not path.is_file():
-        return None
-    return read_names(path, {"name", *({data.part} - {""} if data.part.isidentifier() else ())})
-
+# %% ../../nbs/18_folders.ipynb #a0b1f210
 def read_names(
     path: Path,  # of a CSV file
     columns: set[str],  # that it must have
@@ -693,6 +685,15 @@ def read_names(
         raise ValueError(f"{path.name}: expected one line for each photograph, got different ones for "
                          f"{listed(table['name'][twice].unique())}: keep the right one")
     return table.set_index("name")
+
+def read_parts(
+    data: DataFile,
+) -> pd.DataFrame | None:  # indexed by name; None: there is no parts.csv
+    "The table of parts. Raises ValueError."
+    path = data.root / "parts.csv"
+    if not path.is_file():
+        return None
+    return read_names(path, {"name", *({data.part} - {""} if data.part.isidentifier() else ())})
 
 # %% ../../nbs/18_folders.ipynb #a0b1f208
 def look_up(
