@@ -20,6 +20,7 @@ from PIL import Image
 from dli.data.annotations import BadFile, index_mask, read_labelme, read_levels, read_values, read_yolo
 from dli.data.check import check_folder
 from dli.data.folders import DataFile, find_entries, make_data_file, read_data_file, read_folder
+from dli.data.splits import split_samples
 from dli.data.synthetic import synthetic_tiles
 
 LAYOUTS_HERE = Path(__file__).resolve().parent.parent.parent / "shared/own-data/layouts"
@@ -476,3 +477,276 @@ def test_data_files_of_any_content(tmp_path_factory, content):
     except ValueError:
         return
     assert isinstance(made, DataFile)
+
+
+# Names that meet in several folders, masks beside photographs, annotations of copies
+
+CAMS = ("cam1", "cam2")
+
+
+def put(path, array=TILES.images[0]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def put_mask(path, value=1):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:12, 4:12] = value
+    put(path, mask)
+
+
+def entries_of(root, **content):
+    "Photographs' names -> files of their annotations; and the findings."
+    data, found = find_entries(make_data_file({"layout": "index", "classes": ["pit"], **content}, root))
+    names = {e.name: [f.relative_to(root).as_posix() for f in e.files] for e in found.entries}
+    return names, found.problems, data
+
+
+def test_a_mask_of_another_folder_is_not_given_away(tmp_path):
+    for cam in CAMS:
+        put(tmp_path / f"images/{cam}/001.png")
+    put_mask(tmp_path / "masks/cam1/001.png")
+    names, problems, _ = entries_of(tmp_path)
+    assert names == {"cam1/001": ["masks/cam1/001.png"], "cam2/001": []}
+    assert [(p.file, p.kind) for p in problems] == [("cam2/001", "mask")]
+
+
+@pytest.mark.parametrize("photographs, masks, kinds", [
+    (["cam1/001", "cam2/001"], ["001"], {"alone"}),  # of which?
+    (["cam1/001"], ["a/001", "b/001"], {"masks"}),
+    (["cam1/001"], ["cam1/001", "001"], {"alone"}),
+    (["cam1/001", "cam2/002"], ["001", "002_mask"], set()),
+    (["cam1/001_seg", "cam1/001"], ["cam1/001_seg", "cam1/001"], set()),
+])
+def test_the_file_name_alone_must_be_unique_on_both_sides(tmp_path, photographs, masks, kinds):
+    for name in photographs:
+        put(tmp_path / f"images/{name}.png")
+    for name in masks:
+        put_mask(tmp_path / f"masks/{name}.png")
+    names, problems, _ = entries_of(tmp_path, clean="all")
+    assert {p.kind for p in problems} == kinds
+    given_masks = [m for own in names.values() for m in own]
+    assert len(given_masks) == len(set(given_masks))
+
+
+def test_the_usual_mvtec_folder(tmp_path):
+    for name in ("train/good/000", "train/good/001", "test/good/000", "test/pit/000"):
+        put(tmp_path / f"{name}.png")
+    put_mask(tmp_path / "ground_truth/pit/000_mask.png", 255)
+    names, problems, _ = entries_of(tmp_path, layout="mvtec", classes=[])
+    assert not problems and set(names) == {"train/good/000", "train/good/001", "test/good/000", "test/pit/000"}
+    assert names["test/pit/000"] == ["ground_truth/pit/000_mask.png"]
+    put(tmp_path / "train/pit/000.png")
+    assert [p.file for p in entries_of(tmp_path, layout="mvtec", classes=[])[1]] == ["train/pit"]
+
+
+def test_masks_of_a_class_without_photographs_are_said(tmp_path):
+    for name in ("train/good/000", "test/pit/000"):
+        put(tmp_path / f"{name}.png")
+    for name in ("pit", "dent"):
+        put_mask(tmp_path / f"ground_truth/{name}/000.png", 255)
+    assert [p.kind for p in entries_of(tmp_path, layout="mvtec", classes=[])[1]] == ["alone"]
+
+
+def put_labelme(path, image, label="pit"):
+    shape = dict(label=label, points=[[2, 2], [9, 2], [9, 9]], shape_type="polygon")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(shapes=[shape], imagePath=image, imageHeight=32, imageWidth=32)))
+
+
+def test_a_labelme_file_with_a_copy_beside_it_is_of_the_listed_photograph(tmp_path):
+    put(tmp_path / "images/a.png")
+    put(tmp_path / "labels/a.png")
+    put_labelme(tmp_path / "labels/a.json", "a.png")
+    names, problems, _ = entries_of(tmp_path, layout="labelme", clean="all")
+    assert not problems and names == {"a": ["labels/a.json"]}
+
+
+def test_an_annotation_of_no_listed_photograph_is_a_problem(tmp_path):
+    put(tmp_path / "images/a.png")
+    put(tmp_path / "labels/b.png")
+    put_labelme(tmp_path / "labels/b.json", "b.png")
+    assert [p.kind for p in entries_of(tmp_path, layout="labelme", clean="all")[1]] == ["alone"]
+
+
+def coco_of(root, files, annotations, name="annotations.json"):
+    rows = [dict(id=i, file_name=f, height=32, width=32) for i, f in files]
+    notes = [dict(id=n, image_id=i, category_id=1, segmentation=[SQUARE]) for n, i in enumerate(annotations)]
+    path = root / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(images=rows, annotations=notes, categories=[dict(id=1, name="pit")])))
+
+
+@pytest.mark.parametrize("files, annotations, kinds", [
+    ([(1, "a.png")], [1], []), ([(1, "../outside/a.png")], [1], []), ([(1, "c.png")], [1], ["alone"]),
+    ([(1, "a.png")], [1, 2], ["alone"]), ([(1, "cam1/a.png"), (2, "cam2/a.png")], [1, 2], ["masks"]),
+    ([(1, "a.png"), (1, "b.png")], [1], ["masks"]),
+])
+def test_every_coco_annotation_has_its_photograph(tmp_path, files, annotations, kinds):
+    put(tmp_path / "images/a.png")
+    put(tmp_path / "images/b.png")
+    put(tmp_path / "outside/a.png")
+    coco_of(tmp_path, files, annotations)
+    names, problems, _ = entries_of(tmp_path, layout="coco", clean="all", classes=[])
+    assert [p.kind for p in problems] == kinds
+    assert kinds or names["a"] == ["annotations.json"]
+
+
+def test_several_coco_files_are_refused_by_name(tmp_path):
+    put(tmp_path / "images/a.png")
+    for name in ("train", "val"):
+        coco_of(tmp_path, [(1, "a.png")], [1], f"annotations/{name}.json")
+    with pytest.raises(ValueError, match="train.json, annotations/val.json"):
+        entries_of(tmp_path, layout="coco", clean="all", classes=[])
+    assert entries_of(tmp_path, layout="coco", annotations="annotations/val.json", classes=[])[0] == {
+        "a": ["annotations/val.json"]}
+
+
+@pytest.mark.parametrize("photographs, masks", [(".", "."), ("images", "."), ("images", "masks"), (".", "masks")])
+def test_class_folders_hold_no_photographs(tmp_path, photographs, masks):
+    for name in "ab":
+        put(tmp_path / photographs / f"{name}.png")
+    put_mask(tmp_path / masks / "pit/a.png", 255)
+    put_mask(tmp_path / masks / "dent/a.png", 255)
+    names, problems, data = entries_of(tmp_path, layout="per-class", clean="all", classes=[])
+    assert not problems and data.classes == ("dent", "pit")
+    assert set(names) == {"a", "b"} and len(names["a"]) == 2 and not names["b"]
+
+
+def test_a_folder_of_masks_of_no_class_is_a_problem(tmp_path):
+    put(tmp_path / "images/a.png")
+    put_mask(tmp_path / "masks/dent/a.png", 255)
+    assert "class" in {p.kind for p in entries_of(tmp_path, layout="per-class", clean="all")[1]}
+
+
+@pytest.mark.parametrize("photographs", ["images", "images/cam1", "."])
+def test_masks_beside_photographs_in_any_folder(tmp_path, photographs):
+    for name in ("a", "b_label", "c_seg"):
+        put(tmp_path / photographs / f"{name}.png")
+        put_mask(tmp_path / photographs / f"{name}_mask.png")
+    names, problems, _ = entries_of(tmp_path)
+    assert not problems and [n.split("/")[-1] for n in names] == ["a", "b_label", "c_seg"]
+    assert all(own[0].endswith(f"{name}_mask.png") for name, own in names.items() for name in [name.split("/")[-1]])
+
+
+def test_photographs_whose_names_end_like_masks(tmp_path):
+    for name in ("a_label", "b_seg"):
+        put(tmp_path / f"images/{name}.png")
+        put_mask(tmp_path / f"masks/{name}.png")
+    names, problems, _ = entries_of(tmp_path)
+    assert not problems and names == {"a_label": ["masks/a_label.png"], "b_seg": ["masks/b_seg.png"]}
+
+
+def test_a_mask_beside_that_lost_its_photograph_is_no_clean_photograph(tmp_path):
+    put(tmp_path / "images/a.png")
+    for name in "ab":
+        put_mask(tmp_path / f"images/{name}_mask.png")
+    names, problems, _ = entries_of(tmp_path, clean="all")
+    assert set(names) == {"a"} and [p.kind for p in problems] == ["alone"]
+
+
+# Parts
+
+def parts_folder(root, lines, names=("cam1/001", "cam2/001", "cam2/002")):
+    for name in names:
+        put(root / f"images/{name}.png")
+        put_mask(root / f"masks/{name}.png")
+    (root / "parts.csv").write_text("name,part\n" + "\n".join(lines) + "\n")
+    return make_data_file(dict(layout="index", classes=["pit"], part="part"), root)
+
+
+def test_parts_by_file_name_only_where_it_is_unique(tmp_path):
+    usual = parts_folder(tmp_path / "a", ["cam1/001,7", "cam2/001.png,8", "002,9"])
+    assert read_folder(usual).table["tile"].tolist() == ["7", "8", "9"]
+    for k, lines in enumerate((["cam1/001,7", "002,9"], ["001,7", "002,9"])):
+        with pytest.raises(ValueError, match="finds no part.*cam2/001"):
+            read_folder(parts_folder(tmp_path / f"b{k}", lines))
+
+
+def test_lines_of_parts_that_contradict_each_other(tmp_path):
+    lines = ["cam1/001,7", "cam2/001,8", "002,9"]
+    assert len(read_folder(parts_folder(tmp_path / "a", [*lines, "002,9"]))) == 3
+    data = parts_folder(tmp_path / "b", [*lines, "cam1/001.png,8"])
+    with pytest.raises(ValueError, match="parts.csv.*cam1/001"):
+        read_folder(data)
+    assert "part" in {p.kind for p in check_folder(data).problems}
+
+
+def test_parts_are_looked_up_before_photographs_are_read(folder):
+    first("images", folder).write_bytes(b"x")
+    with pytest.raises(ValueError, match="finds no part"):
+        read_folder(replace(read_data_file(folder), part="nothing(x)"))
+
+
+def test_the_fingerprint_follows_parts_and_colours(tmp_path):
+    lines = ["cam1/001,7", "cam2/001,8", "002,9"]
+    sources = [read_folder(parts_folder(tmp_path / str(k), [*lines[:2], f"002,{k}"])).source for k in (9, 8)]
+    assert len(set(sources)) == 2
+    root, colours = tmp_path / "colours", dict(pit=[255, 0, 0], dent=[0, 255, 0])
+    put(root / "images/a.png")
+    put(root / "masks/a.png", np.tile(np.uint8([255, 0, 0]), (32, 32, 1)))
+    data = make_data_file(dict(layout="colour", part="(.+)"), root)
+    sources = []
+    for own in (colours, colours | dict(dent=[0, 0, 255])):
+        (root / "masks/classes.json").write_text(json.dumps(own))
+        sources.append(read_folder(data).source)
+    assert len(set(sources)) == 2
+
+
+# Keys, damage and folds
+
+@pytest.mark.parametrize("content, message", [
+    ("layout: colour\nclasses: [pit, dent]\ncolours: {pit: [255, 0, 0]}", "'dent'"),
+    ("layout: colour\ncolours: {pit: [255, 0]}", "three whole numbers.*'pit'"),
+    ("layout: colour\ncolours: {pit: [256, 0, 0]}", "three whole numbers.*'pit'"),
+    ("layout: colour\ncolours: {pit: red}", "three whole numbers.*'pit'"),
+    ("layout: colour\ncolours: {pit: [0, 0, 0]}", "'pit' is black"),
+    ("layout: colour\ncolours: {pit: [9, 0, 0], dent: [9, 0, 0]}", "'dent' has the colour"),
+    ("layout: colour\ncolours: [1]", "colours"),
+    ("layout: index\nclasses: [pit]\nignore: '255'", "ignore.*whole number"),
+    ("layout: index\nclasses: [pit]\nignore: 1", "ignore: 1 is the number of the class 'pit'"),
+    ("layout: index\nclasses: [pit]\nignore: 0", "ignore"),
+    ("layout: index\nclasses: [pit]\nignore: 256", "ignore"),
+    ("layout: index\nclasses: [yes]", "quotes"),
+    ("layout: index\nclasses: [1.5]", "quotes"),
+    ("layout: index\nclasses: [Pit, pit]", "one name"),
+])
+def test_colours_ignore_and_classes_are_checked(folder, content, message):
+    (folder / "parts.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        find_entries(read_data_file(folder))
+
+
+def test_labels_in_small_and_capital_letters_are_one_class(tmp_path):
+    for name, label in (("a", "Pit"), ("b", "pit"), ("c", "dent")):
+        put(tmp_path / f"images/{name}.png")
+        put_labelme(tmp_path / f"labels/{name}.json", f"{name}.png", label)
+    samples = read_folder(DataFile(tmp_path, "labelme", part="(.+)"))
+    assert samples.classes == ("Pit", "dent") and samples.table["class"].tolist() == ["Pit", "Pit", "dent"]
+
+
+def test_a_damaged_file_of_sixteen_bits_is_a_finding(folder):
+    for n in range(3):
+        store(folder, "images", TILES.images[n].astype(np.uint16) * 256, n)
+    path = first("images", folder)
+    path.write_bytes(path.read_bytes()[:-400])
+    assert "file" in {p.kind for p in check_folder(folder).problems}
+    with pytest.raises(ValueError, match="read right"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("left", [1, 3, 4, 5])
+def test_the_check_and_the_split_agree_on_classes_of_few_parts(folder, left):
+    frays = np.flatnonzero(TILES.label == 4)
+    parts = list(dict.fromkeys(TILES.table["tile"][frays]))
+    away = np.zeros(len(TILES), bool)
+    away[frays] = ~TILES.table["tile"][frays].isin(parts[:left])
+    drop(folder, away)
+    check = check_folder(folder)
+    if left < 5:
+        assert not check.ok and any(p.kind == "parts" and "5 folds need at least 5" in p.text for p in check.problems)
+        with pytest.raises(ValueError, match="5 folds need at least 5"):
+            split_samples(read_folder(folder))
+    else:
+        assert check.ok, str(check)
+        split_samples(read_folder(folder))

@@ -21,9 +21,10 @@ import numpy as np
 import pandas as pd
 
 from .annotations import BadFile, Note, as_bytes
-from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, read_data_file,
-                              read_pair, read_parts)
-from .samples import FREE, listed, same_name
+from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, look_up,
+                              name_classes, read_data_file, read_names, read_pair, read_parts)
+from .samples import FREE, listed
+from .splits import FOLDS
 
 # %% ../../nbs/19_check.ipynb #20bbde8f
 def regions_of(
@@ -78,7 +79,16 @@ def find_copies(
             for i, j in zip(*np.nonzero(alike)) if parts[i] != parts[j]]
 
 # %% ../../nbs/19_check.ipynb #42e1fb35
-FEWEST_PARTS = 5  # for five folds
+def judge_parts(
+    name: str,  # of a class
+    parts: int,  # that show it
+    found: Found,  # its problems are appended to
+) -> None:
+    "Whether each of the five folds can validate a class: `split_samples` refuses what is refused here."
+    if parts < FOLDS:
+        shown = f"{parts} part" if parts == 1 else f"{parts} parts"
+        found.problems.append(Note(name, "parts", f"is seen on {shown}: {FOLDS} folds need at least {FOLDS}, "
+                                                  "add photographs of other parts"))
 
 def judge_classes(
     table: pd.DataFrame,  # of `count_classes`
@@ -87,16 +97,10 @@ def judge_classes(
 ) -> None:
     "Whether there is enough of each class, and anything to inject into."
     for name, row in table.iterrows():
-        if name == FREE:
-            continue
-        if row["images"] == 0:
+        if row["images"] or (name == FREE and clean):
+            judge_parts(name, row["parts"], found)
+        elif name != FREE:
             found.problems.append(Note(name, "class", "is a class that no mask shows"))
-        elif row["parts"] < 2:
-            text = "is seen on one part only: it can be trained or validated, not both"
-            found.problems.append(Note(name, "parts", text))
-        elif row["parts"] < FEWEST_PARTS:
-            text = f"is seen on {row['parts']} parts: only so many folds can validate it"
-            found.notes.append(Note(name, "parts", text))
         if row["lost"]:
             found.notes.append(Note(name, "lost", f"is lost on {row['lost']} photographs at the size to train at: "
                                                   "choose a larger size, or crop"))
@@ -114,10 +118,9 @@ def judge_split(
     found: Found,  # its notes are appended to
 ) -> None:
     "What a given split leaks. Raises ValueError for a file that is no split."
-    table = read_parts(data) if split is None else read_parts_file(split)
-    if table is None or "split" not in table:
+    side = given_sides(data, names, split)
+    if side is None:
         return
-    side = [table["split"].get(n, "") for n in names]
     of_part = {}
     for part, s in zip(parts, side):
         of_part.setdefault(part, set()).add(s)
@@ -131,31 +134,57 @@ def judge_split(
         found.notes.append(Note("split", "leak", f"puts {crossing} copies of a photograph on the other side"))
 
 # %% ../../nbs/19_check.ipynb #e3f93096
-def read_parts_file(path: Path) -> pd.DataFrame:
-    "A table of names and sides. Raises ValueError."
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not {"name", "split"} <= set(table):
-        raise ValueError(f"{path}: expected columns name and split, got {', '.join(table.columns)}")
-    table["name"] = [same_name(n.rpartition(".")[0] or n) for n in table["name"]]
-    return table.drop_duplicates("name").set_index("name")
+def given_sides(
+    data: DataFile,
+    names: Sequence[str],  # of photographs
+    split: Path | None,  # CSV with name and split; None: the column split of parts.csv, if any
+) -> list[str] | None:  # of each photograph, empty: none; None: no split is given
+    "The side of each photograph. Raises ValueError for a given file that is no split."
+    if split is not None:
+        table = read_names(split, {"name", "split"})
+    else:
+        try:
+            table = read_parts(data)
+        except ValueError:  # said with the parts
+            return None
+    if table is None or "split" not in table:
+        return None
+    return [side or "" for side in look_up(table["split"], names)]
 
 # %% ../../nbs/19_check.ipynb #66915a28
+def split_members(
+    rows: Sequence[dict],  # of `measure`
+    classes: Sequence[str],  # K names
+    cut: bool,  # whether training sees windows
+) -> np.ndarray:  # bool (N, K + 1): column 0 for clean images
+    "Which classes each photograph counts under when parts are dealt into folds, as `class_members` has it."
+    table = lambda value: np.array([[value(r, c) for c in classes] for r in rows], bool).reshape(-1, len(classes))
+    left = table(lambda r, c: r["left"][c] > 0)
+    if cut:
+        return np.column_stack([np.array([r["clean"] > 0 for r in rows], bool), left])
+    own = np.array(name_classes(table(lambda r, c: len(r["areas"][c]) > 0), classes), object)
+    return (own[:, None] == np.array([FREE, *classes], object)) | np.pad(left, ((0, 0), (1, 0)))
+
+# %% ../../nbs/19_check.ipynb #a0b1f301
 def count_classes(
     rows: Sequence[dict],  # of `measure`
     parts: Sequence[str],  # of each row
     classes: Sequence[str],
+    cut: bool = False,  # whether training sees windows
 ) -> pd.DataFrame:  # a row a class, and one for clean photographs
     "Photographs, parts, regions and areas of each class; a photograph counts under every class that it shows."
     table = []
-    for name in classes:
+    clean, *members = split_members(rows, classes, cut).T
+    number = lambda which: len({p for p, own in zip(parts, which) if own})
+    for name, own in zip(classes, members):
         shows = [len(r["areas"][name]) > 0 for r in rows]
         areas = np.concatenate([r["areas"][name] for r in rows] or [[]])
-        table.append({"class": name, "images": sum(shows), "parts": len({p for p, s in zip(parts, shows) if s}),
+        table.append({"class": name, "images": sum(shows), "parts": number(own),
                       "regions": len(areas), "smallest": int(areas.min()) if len(areas) else 0,
                       "median": int(np.median(areas)) if len(areas) else 0,
                       "lost": sum(s and r["left"][name] == 0 for r, s in zip(rows, shows))})
     bare = [not any(len(a) for a in r["areas"].values()) for r in rows]
-    table.append({"class": FREE, "images": sum(bare), "parts": len({p for p, b in zip(parts, bare) if b}),
+    table.append({"class": FREE, "images": sum(bare), "parts": number(clean),
                   "regions": 0, "smallest": 0, "median": 0, "lost": 0})
     return pd.DataFrame(table).set_index("class")
 
@@ -331,8 +360,8 @@ def make_report(data, found, entries, rows, thumbnails, span, split, pictures) -
         text = f"is {how} to {names[i]}, of another part ({parts[i]} and {parts[j]})"
         found.notes.append(Note(names[j], "copy", text))
     judge_split(data, names, parts, copies, split, found)
-    table = count_classes(rows, parts, data.classes)
-    clean = sum(r["clean"] for r in rows)
+    table = count_classes(rows, parts, data.classes, bool(data.crop))
+    clean = sum(r["clean"] for r in rows) if data.crop else int(table.loc[FREE, "images"])
     judge_classes(table, clean, found)
     sizes = Counter(f"{r['height']} x {r['width']}" for r in rows)
     if len(sizes) > 1 and not data.size and not data.crop:

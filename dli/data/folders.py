@@ -62,9 +62,41 @@ def as_pair(
 
 def as_classes(value) -> tuple[str, ...]:
     "Names of classes. Raises ValueError."
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int)) for v in value):
+    if not isinstance(value, (list, tuple)):
         raise ValueError(f"classes: expected a list of names, got {value!r}")
-    return tuple(map(str, value))
+    for name in value:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ValueError(f"classes: expected names, got {name!r}: write a name in quotes, such as 'yes'")
+    names = tuple(map(str, value))
+    first = {}
+    for name in names:
+        if first.setdefault(name.casefold(), name) != name or names.count(name) > 1:
+            raise ValueError(f"classes: {first[name.casefold()]!r} and {name!r} are one name: call one of them "
+                             "otherwise, or name the classes once in the data file (classes)")
+    return names
+
+# %% ../../nbs/18_folders.ipynb #a0b1f207
+def as_colours(value) -> dict[str, tuple[int, int, int]]:
+    "The colour of each class. Raises ValueError that names the class."
+    if not isinstance(value, Mapping):
+        raise ValueError(f"colours: expected for each class its [red, green, blue], got {value!r}")
+    colours = {}
+    for name, given in value.items():
+        whole = isinstance(given, (list, tuple)) and len(given) == 3
+        if not whole or any(isinstance(v, bool) or not isinstance(v, int) or not 0 <= v <= 255 for v in given):
+            raise ValueError(f"colours: expected three whole numbers in 0..255 for {name!r}, got {given!r}")
+        if not any(given):
+            raise ValueError(f"colours: {name!r} is black, which is the colour of no defect: choose another")
+        if tuple(given) in colours.values():
+            raise ValueError(f"colours: {name!r} has the colour {tuple(given)} of another class: choose another")
+        colours[name] = tuple(given)
+    return dict(zip(as_classes(tuple(colours)), colours.values()))
+
+def as_ignore(value) -> int:
+    "A value of masks. Raises ValueError."
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 255:
+        raise ValueError(f"ignore: expected a whole number above those of the classes, at most 255, got {value!r}")
+    return value
 
 # %% ../../nbs/18_folders.ipynb #b24ca130
 def one_of(value, allowed: Sequence, key: str):
@@ -128,7 +160,7 @@ def make_data_file(
                   clean=lambda v: one_of(v, ("annotated", "all", "none"), "clean"), part=as_pattern,
                   size=lambda v: as_pair(v, "size"), crop=lambda v: as_pair(v, "crop"),
                   channels=lambda v: one_of(v, (1, 3), "channels"), pad=lambda v: one_of(v, (True, False), "pad"),
-                  images=str, annotations=str)
+                  images=str, annotations=str, colours=as_colours, ignore=as_ignore)
     values |= {k: checks[k](v) for k, v in values.items() if k in checks}
     root = (folder / str(values.pop("root", "."))).resolve()
     if not root.is_dir():
@@ -156,22 +188,35 @@ def bare(
 ) -> str:
     "A mask's stem without the ending that says it is one."
     name = same_name(stem)
-    for ending in ENDINGS:
-        if name.lower().endswith(ending):
-            return name[:-len(ending)]
-    return name
+    return name[:len(name) - len(ending_of(stem))]
+
+def ending_of(stem: str) -> str:
+    "The ending that says a file is a mask, in small letters; empty: none."
+    name = same_name(stem).lower()
+    return next((e for e in ENDINGS if name.endswith(e)), "")
 
 def name_of(path: Path, folder: Path) -> str:
     "A photograph's name: its path below the folder, without suffix."
     return same_name(path.relative_to(folder).with_suffix("").as_posix())
 
+# %% ../../nbs/18_folders.ipynb #a0b1f201
+def masks_beside(
+    files: Sequence[Path],  # photographs and masks
+) -> list[Path]:  # the masks
+    "The files that are masks by their ending: the photograph of that name lies beside them."
+    there = {(p.parent, same_name(p.stem)) for p in files}
+    has_ending = [p for p in files if bare(p.stem) != same_name(p.stem)]
+    usual = {ending_of(p.stem) for p in has_ending if (p.parent, bare(p.stem)) in there}
+    # a mask whose photograph is missing is no photograph: its ending says so where other masks have it
+    return [p for p in has_ending if ending_of(p.stem) in usual]
+
 # %% ../../nbs/18_folders.ipynb #4a60fff8
 @dataclass(frozen=True)
 class Entry:
-    "A photograph and how to get its mask."
+    "A photograph and what draws its mask."
     name: str
     image: Path
-    mask: Callable | None  # (size, EXIF orientation, notes) -> uint8 (H, W); None: no annotation
+    draw: Callable | None  # (size, EXIF orientation, notes) -> uint8 (H, W); None: no annotation
     files: tuple[Path, ...] = ()  # of the annotation
 
 @dataclass
@@ -186,6 +231,30 @@ def blank(size, tag, notes) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 # %% ../../nbs/18_folders.ipynb #fc2ee405
+def find_owners(
+    images: Sequence[Path],
+    masks: Sequence[Path],
+    image_folder: Path,
+    mask_folder: Path,
+) -> dict[Path, list[Path]]:  # image -> masks
+    "The photograph of each mask: that of the same path, or else the only one of that file name, if it has none yet."
+    by_path, by_stem = {}, defaultdict(list)
+    for image in images:
+        stem = same_name(image.stem)
+        by_path.setdefault((image.relative_to(image_folder).parent, stem), image)
+        by_stem[stem].append(image)
+    owned, elsewhere = defaultdict(list), defaultdict(list)
+    for mask in masks:
+        folder, stems = mask.relative_to(mask_folder).parent, (same_name(mask.stem), bare(mask.stem))
+        beside = [by_path[folder, s] for s in stems if (folder, s) in by_path]
+        named = [by_stem[s] for s in stems if s in by_stem]
+        if beside:
+            owned[beside[0]].append(mask)
+        elif named and len(named[0]) == 1:
+            elsewhere[named[0][0]].append(mask)
+    return {**elsewhere, **owned}
+
+# %% ../../nbs/18_folders.ipynb #a0b1f204
 def match(
     images: Sequence[Path],
     masks: Sequence[Path],
@@ -193,27 +262,18 @@ def match(
     mask_folder: Path,
     found: Found,  # its problems are appended to
 ) -> dict[Path, Path]:  # image -> mask
-    "Pair by the path below the two folders, or else by the file's name alone where only one file has it."
-    by_path, by_stem = defaultdict(list), defaultdict(list)
+    "Pair photographs and masks, one to one."
+    owned = find_owners(images, masks, image_folder, mask_folder)
+    for image, own in owned.items():
+        if len(own) > 1:
+            names = ", ".join(str(m.relative_to(mask_folder)) for m in own[:3])
+            where = image.relative_to(image_folder).as_posix()
+            found.problems.append(Note(where, "masks", f"has more than one mask: {names}"))
+    taken = {mask for own in owned.values() for mask in own}
     for mask in masks:
-        inside = mask.relative_to(mask_folder)
-        by_path[(inside.parent, bare(mask.stem))].append(mask)
-        by_stem[bare(mask.stem)].append(mask)
-    pairs = {}
-    for image in images:
-        inside = image.relative_to(image_folder)
-        stem = same_name(image.stem)
-        choice = by_path.get((inside.parent, stem)) or by_stem.get(stem, [])
-        if len(choice) > 1:
-            names = ", ".join(str(m.relative_to(mask_folder)) for m in choice[:3])
-            found.problems.append(Note(inside.as_posix(), "masks", f"has more than one mask: {names}"))
-        elif choice:
-            pairs[image] = choice[0]
-    used = set(pairs.values())
-    for mask in masks:
-        if mask not in used and not any(mask in m for m in by_path.values() if len(m) > 1):
+        if mask not in taken:
             found.problems.append(Note(str(mask.relative_to(mask_folder)), "alone", "is a mask without a photograph"))
-    return pairs
+    return {image: own[0] for image, own in owned.items() if len(own) == 1}
 
 # %% ../../nbs/18_folders.ipynb #ebb8a074
 @dataclass(frozen=True)
@@ -240,19 +300,30 @@ def given_classes(data: DataFile) -> tuple[str, ...]:
         raise ValueError("classes is missing: the names of the classes, in the order of their numbers in the masks")
     return data.classes
 
+def photographs_and_masks(
+    images_at: Path,
+    masks_at: Path,
+) -> tuple[list[Path], list[Path], Path]:  # photographs; masks; the folder of the masks
+    "Tell photographs from masks, which lie in a folder of their own or beside the photographs."
+    images = files_below(images_at, SUFFIXES)
+    if masks_at != images_at and masks_at.is_relative_to(images_at):
+        images = [p for p in images if not p.is_relative_to(masks_at)]
+    if not images_at.is_relative_to(masks_at):
+        return images, files_below(masks_at, SUFFIXES), masks_at
+    beside = masks_beside(images)
+    if beside or images_at == masks_at:
+        return [p for p in images if p not in set(beside)], beside, images_at
+    return images, [p for p in files_below(masks_at, SUFFIXES) if not p.is_relative_to(images_at)], masks_at
+
+# %% ../../nbs/18_folders.ipynb #a0b1f203
 def list_masks(
     data: DataFile,
     found: Found,  # appended to
     read: Callable,  # (path, notes) -> uint8 (H, W)
 ) -> None:
     "Photographs in one folder, a mask for each in another, or beside it."
-    images_at, masks_at = place(data, "images"), place(data, "annotations")
-    images, masks = files_below(images_at, SUFFIXES), files_below(masks_at, SUFFIXES)
-    if images_at == masks_at:
-        masks = [p for p in images if bare(p.stem) != same_name(p.stem)]
-        images = [p for p in images if p not in masks]
-    elif masks_at.is_relative_to(images_at):
-        images = [p for p in images if not p.is_relative_to(masks_at)]
+    images_at = place(data, "images")
+    images, masks, masks_at = photographs_and_masks(images_at, place(data, "annotations"))
     pairs = match(images, masks, images_at, masks_at, found)
     for image in images:
         mask = pairs.get(image)
@@ -266,17 +337,18 @@ def list_index(data: DataFile, found: Found) -> None:
 # %% ../../nbs/18_folders.ipynb #6084a745
 def colours_of(data: DataFile) -> dict:
     "The colour of each class: of the data file, or of a classes.json beside the masks. Raises ValueError."
-    if data.colours:
-        return dict(data.colours)
     path = place(data, "annotations") / "classes.json"
-    if not path.is_file():
+    if not data.colours and not path.is_file():
         raise ValueError("colours is missing: for each class its [red, green, blue]")
-    return read_json(path)
+    colours = as_colours(data.colours or read_json(path))
+    if lacking := [c for c in data.classes if c not in colours]:
+        raise ValueError(f"colours: no colour for the class {lacking[0]!r}: expected one for each of "
+                         f"{', '.join(data.classes)}, got {', '.join(colours)}")
+    return colours
 
 def list_colour(data: DataFile, found: Found) -> None:
     "The layout colour."
-    colours = colours_of(data)
-    list_masks(data, found, lambda path, notes: colour_mask(path, data.classes, colours, notes))
+    list_masks(data, found, lambda path, notes: colour_mask(path, data.classes, data.colours, notes))
 
 # %% ../../nbs/18_folders.ipynb #6bd5c01b
 def folders_in(folder: Path) -> list[str]:
@@ -305,11 +377,26 @@ def draw_classes(
         return whole
     return draw
 
+# %% ../../nbs/18_folders.ipynb #a0b1f205
+def per_class_folders(data: DataFile) -> tuple[str, ...]:
+    "The folders of masks: those beside the photographs' folder, or in a folder of their own."
+    images_at, masks_at = place(data, "images"), place(data, "annotations")
+    return tuple(n for n in class_folders(masks_at) if not images_at.is_relative_to(masks_at / n))
+
+def refuse_folders(names: set[str], data: DataFile, found: Found) -> None:
+    "Folders of other names than the classes are problems."
+    for name in sorted(names):
+        found.problems.append(Note(name, "class", f"is a folder of none of the classes {', '.join(data.classes)}"))
+
 # %% ../../nbs/18_folders.ipynb #6155e663
 def list_per_class(data: DataFile, found: Found) -> None:
     "The layout per-class: photographs in one folder, masks in a folder for each class."
     images_at, masks_at = place(data, "images"), place(data, "annotations")
-    images = [p for p in files_below(images_at, SUFFIXES) if not p.is_relative_to(masks_at) or images_at == masks_at]
+    others = [masks_at / name for name in data.classes]
+    if not images_at.is_relative_to(masks_at):
+        others = [masks_at]
+        refuse_folders(set(per_class_folders(data)) - set(data.classes), data, found)
+    images = [p for p in files_below(images_at, SUFFIXES) if not any(p.is_relative_to(f) for f in others)]
     drawn = defaultdict(list)
     for value, name in enumerate(data.classes, 1):
         here = masks_at / name
@@ -327,74 +414,82 @@ def list_folders(
     found: Found,  # appended to
     images_at: Path,  # with a folder for each class, and one for clean images
     masks_at: Path,  # likewise; the same folder where masks lie beside their photographs
+    top: Path,  # what names are relative to
 ) -> None:
     "A folder for each class."
-    for name in folders_in(images_at):
+    known = [n for n in folders_in(images_at) if n.lower() in CLEAN_NAMES or n in data.classes]
+    refuse_folders(set(folders_in(images_at)) - set(known), data, found)
+    for name in known:
         here, there = images_at / name, masks_at / name
         images = files_below(here, SUFFIXES)
-        masks = files_below(there, SUFFIXES) if there.is_dir() and there != here else []
+        masks = files_below(there, SUFFIXES) if there.is_dir() else []
         if there == here:
-            masks = [p for p in images if bare(p.stem) != same_name(p.stem)]
-            images = [p for p in images if p not in masks]
+            masks = masks_beside(images)
+            images = [p for p in images if p not in set(masks)]
         clean = name.lower() in CLEAN_NAMES
-        if not clean and name not in data.classes:
-            found.problems.append(Note(name, "class", f"is a folder of none of the classes {', '.join(data.classes)}"))
-            continue
         pairs = match(images, masks, here, there, found)
         for image in images:
             mask = pairs.get(image)
             draw = draw_classes([(data.classes.index(name) + 1, mask)]) if mask and not clean else None
             files = (mask,) if mask else ()
-            found.entries.append(Entry(name_of(image, images_at), image, blank if clean else draw, files))
+            found.entries.append(Entry(name_of(image, top), image, blank if clean else draw, files))
 
 # %% ../../nbs/18_folders.ipynb #db01e08a
 def list_folder_per_class(data: DataFile, found: Found) -> None:
     "The layout folder-per-class: photographs and masks together, in a folder for each class."
     here = place(data, "images")
-    list_folders(data, found, here, here)
+    list_folders(data, found, here, here, here)
 
 def list_mvtec(data: DataFile, found: Found) -> None:
-    "The layout of MVTec AD: train/good, test/<class>, ground_truth/<class>."
-    masks_at = place(data, "annotations")
-    for side in ("train", "test"):
-        if (data.root / side).is_dir():
-            list_folders(data, found, data.root / side, masks_at)
+    "The layout of MVTec AD: train/good, test/<class>, ground_truth/<class>. Names begin with train/ or test/."
+    masks_at, test, train = place(data, "annotations"), place(data, "images"), data.root / "train"
+    for name in folders_in(train) if train.is_dir() else ():
+        if name.lower() not in CLEAN_NAMES:
+            found.problems.append(Note(f"train/{name}", "class", "is there, but only clean photographs are expected in "
+                                                                 "train: move it to test"))
+            continue
+        for image in files_below(train / name, SUFFIXES):
+            found.entries.append(Entry(name_of(image, data.root), image, blank))
+    for name in sorted(set(class_folders(masks_at)) - set(folders_in(test))):
+        found.problems.append(Note(f"{masks_at.name}/{name}", "alone", f"has no photographs in {test.name}/{name}"))
+    list_folders(data, found, test, masks_at, data.root)
 
 # %% ../../nbs/18_folders.ipynb #4adf61c5
 def labelme_classes(data: DataFile) -> tuple[str, ...]:
-    "The labels that LabelMe files use, sorted."
-    labels = Counter()
+    "The labels that LabelMe files use, sorted; of those that differ in small and capital letters only, the first."
+    labels = {}
     for path in files_below(place(data, "annotations"), {".json"}):
         try:
-            labels.update(str(s["label"]) for s in labelme_shapes(path)[0])
-        except BadFile:
+            shapes = labelme_shapes(path)[0]
+        except BadFile:  # said when it is listed
             continue
-    return tuple(sorted(labels))
+        for shape in shapes:
+            labels.setdefault(str(shape["label"]).casefold(), str(shape["label"]))
+    return tuple(sorted(labels.values()))
 
 def find_image(
     written: str,  # the image's path as an annotation file has it
     beside: Path,  # the folder of that file
-    images: Mapping[str, list[Path]],  # file name (one form) -> paths
+    images: Mapping[str, list[Path]],  # of `images_by_name`
     stem: str,  # of the annotation file
 ) -> Path | None:
-    "The photograph that a file is about: the path may be of another machine, or of another drive."
+    "The listed photograph that a file is about: the path may be of another machine, or of a copy elsewhere."
     path = unquote(written).replace("\\", "/")
-    near = beside / path
-    if path and not PurePosixPath(path).is_absolute() and near.is_file():
-        return near.resolve()
+    exact = [str((beside / p).resolve()) for p in (written.replace("\\", "/"), path) if p]
     name = same_name(PurePosixPath(path).name) if path else ""
-    for key in (name, stem):
+    for key in (*exact, name, stem):
         if len(images.get(key, ())) == 1:
             return images[key][0]
     return None
 
 # %% ../../nbs/18_folders.ipynb #d0eb879d
 def images_by_name(images: Sequence[Path]) -> dict[str, list[Path]]:
-    "Photographs by file name and by stem."
+    "Photographs by whole path, by file name and by stem."
     names = defaultdict(list)
     for path in images:
-        for key in {same_name(path.name), same_name(path.stem)}:
-            names[key].append(path.resolve())
+        whole = path.resolve()
+        for key in {str(whole), same_name(path.name), same_name(path.stem)}:
+            names[key].append(whole)
     return names
 
 # %% ../../nbs/18_folders.ipynb #8dce2b05
@@ -411,7 +506,8 @@ def list_labelme(data: DataFile, found: Found) -> None:
             continue
         image = find_image(written, path.parent, names, same_name(path.stem))
         if image is None:
-            found.problems.append(Note(path.name, "alone", f"is about {written!r}, which is not in {images_at.name}"))
+            text = f"is about {written!r}, which is no photograph in {images_at.name}, or the name of more than one"
+            found.problems.append(Note(path.name, "alone", text))
         elif image in drawn:
             found.problems.append(Note(path.name, "masks", f"is about the same photograph as {drawn[image].name}"))
         else:
@@ -425,7 +521,14 @@ def list_labelme(data: DataFile, found: Found) -> None:
 def coco_file(data: DataFile) -> tuple[Path, dict]:
     "A COCO file and its content. Raises BadFile."
     path = place(data, "annotations")
-    path = next(iter(sorted(path.glob("*.json"))), path) if path.is_dir() else path
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if len(files) > 1:
+            names = ", ".join(f.relative_to(data.root).as_posix() for f in files[:3])
+            more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+            raise BadFile(f"annotations: expected one COCO file, got {len(files)} in {path.name}: {names}{more}; "
+                          "name one (annotations: the path of the file)")
+        path = files[0] if files else path
     content = read_json(path) if path.is_file() else None
     lists = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in lists):
@@ -434,9 +537,39 @@ def coco_file(data: DataFile) -> tuple[Path, dict]:
 
 def coco_classes(data: DataFile) -> tuple[str, ...]:
     "The categories of a COCO file, by their ids."
-    return tuple(c["name"] for c in sorted(coco_file(data)[1]["categories"], key=lambda c: c["id"]))
+    return tuple(c.get("name") for c in sorted(coco_file(data)[1]["categories"], key=lambda c: c["id"]))
 
 # %% ../../nbs/18_folders.ipynb #64449216
+def coco_images(
+    path: Path,  # of a COCO file
+    content: dict,  # of it
+    images_at: Path,
+    images: Sequence[Path],
+    found: Found,  # its problems are appended to
+) -> dict[Path, list]:  # photograph -> its ids
+    "Which photograph each id is of; what is of none is a problem."
+    names, ids, written = images_by_name(images), defaultdict(list), {}
+    for row in content["images"]:
+        name = str(row.get("file_name", ""))
+        image = find_image(name, images_at, names, "")
+        if image is None:
+            text = f"is in {path.name}, but no photograph in {images_at.name}, or the name of more than one"
+            found.problems.append(Note(name, "alone", text))
+        elif written.setdefault(image, name) != name:
+            found.problems.append(Note(name, "masks", f"is found as the same photograph as {written[image]}"))
+        else:
+            ids[image].append(row["id"])
+    known = {row.get("id") for row in content["images"]}
+    lost = Counter(a.get("image_id") for a in content["annotations"] if a.get("image_id") not in known)
+    for number, count in lost.items():
+        text = f"has {count} annotations of the image {number}, which it does not list"
+        found.problems.append(Note(path.name, "alone", text))
+    owners = Counter(i for own in ids.values() for i in set(own))
+    for number in (i for i, count in owners.items() if count > 1):
+        found.problems.append(Note(path.name, "masks", f"gives the id {number} to more than one photograph"))
+    return ids
+
+# %% ../../nbs/18_folders.ipynb #a0b1f206
 def list_coco(data: DataFile, found: Found) -> None:
     "The layout coco."
     images_at = place(data, "images")
@@ -444,14 +577,7 @@ def list_coco(data: DataFile, found: Found) -> None:
     known = [c for c in content["categories"] if c["name"] in data.classes]
     numbers = {c["id"]: data.classes.index(c["name"]) + 1 for c in known}
     images = files_below(images_at, SUFFIXES)
-    names, ids = images_by_name(images), defaultdict(list)
-    for row in content["images"]:
-        image = find_image(str(row.get("file_name", "")), images_at, names, "")
-        if image is None:
-            text = f"is in {path.name}, not in {images_at.name}"
-            found.problems.append(Note(str(row.get("file_name")), "alone", text))
-        else:
-            ids[image].append(row["id"])
+    ids = coco_images(path, content, images_at, images, found)
     by_image = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation.get("image_id")].append(annotation)
@@ -459,7 +585,7 @@ def list_coco(data: DataFile, found: Found) -> None:
         own = ids.get(image.resolve(), [])
         if len(own) > 1:
             found.notes.append(Note(image.name, "twice", f"is listed {len(own)} times; all its annotations are drawn"))
-        drawn = [a for i in own for a in by_image[i]]
+        drawn = [a for i in dict.fromkeys(own) for a in by_image[i]]
         draw = (lambda size, tag, notes, drawn=drawn, image=image:
                 read_coco_mask(drawn, size, numbers, image.name, notes)) if own else None
         found.entries.append(Entry(name_of(image, images_at), image, draw, (path,) if own else ()))
@@ -473,9 +599,9 @@ def yolo_classes(data: DataFile) -> tuple[str, ...]:
         if path.is_file():
             names = (yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}).get("names")
             if isinstance(names, dict):
-                return tuple(str(names[k]) for k in sorted(names))
+                return tuple(names[k] for k in sorted(names))
             if isinstance(names, list):
-                return tuple(map(str, names))
+                return tuple(names)
     raise ValueError("classes is missing, and no data.yaml names them")
 
 def list_yolo(data: DataFile, found: Found) -> None:
@@ -493,7 +619,7 @@ def list_yolo(data: DataFile, found: Found) -> None:
 LAYOUTS = {
     "index": Layout(list_index, given_classes),
     "colour": Layout(list_colour, lambda data: tuple(colours_of(data))),
-    "per-class": Layout(list_per_class, lambda data: class_folders(place(data, "annotations"))),
+    "per-class": Layout(list_per_class, per_class_folders, annotations=("masks", ".")),
     "mvtec": Layout(list_mvtec, lambda data: class_folders(place(data, "annotations")),
                     images=("test",), annotations=("ground_truth",)),
     "folder-per-class": Layout(list_folder_per_class, lambda data: class_folders(place(data, "images")),
@@ -509,22 +635,27 @@ def find_entries(
 ) -> tuple[DataFile, Found]:  # with its classes filled in
     "List the photographs of a folder with their masks. Raises ValueError where the folder is not of this layout."
     layout, found = LAYOUTS[data.layout], Found()
-    data = replace(data, classes=data.classes or tuple(layout.classes(data)))
+    data = replace(data, classes=data.classes or as_classes(tuple(layout.classes(data))))
     if not data.classes:
         raise ValueError(f"no class was found in {data.root}: name them in the data file (classes)")
+    if data.layout == "colour":
+        data = replace(data, colours=colours_of(data))
+    if data.ignore is not None and as_ignore(data.ignore) <= len(data.classes):
+        raise ValueError(f"ignore: {data.ignore} is the number of the class {data.classes[data.ignore - 1]!r}: "
+                         f"expected one in {len(data.classes) + 1}..255, or nothing")
     layout.entries(data, found)
     if not found.entries:
         raise ValueError(f"no photograph was found in {place(data, 'images')}: expected {', '.join(sorted(SUFFIXES))}")
     twice = [n for n, times in Counter(e.name for e in found.entries).items() if times > 1]
     for name in twice:
         found.problems.append(Note(name, "twice", "is the name of more than one photograph"))
-    lacking = [e for e in found.entries if e.mask is None]
+    lacking = [e for e in found.entries if e.draw is None]
     if data.clean == "annotated":
         found.problems += [Note(e.name, "mask", "has no annotation; if it is clean, write clean: all") for e in lacking]
     elif data.clean == "none":
         found.notes += [Note(e.name, "mask", "has no annotation and is left out") for e in lacking]
-        found.entries = [e for e in found.entries if e.mask is not None]
-    found.entries = [replace(e, mask=e.mask or blank) for e in found.entries]
+        found.entries = [e for e in found.entries if e.draw is not None]
+    found.entries = [replace(e, draw=e.draw or blank) for e in found.entries]
     return data, found
 
 # %% ../../nbs/18_folders.ipynb #570fe773
@@ -536,6 +667,25 @@ def part_by_pattern(
     hit = re.search(pattern, name)
     return next((g for g in hit.groups() if g is not None), None) if hit else None
 
+# %% ../../nbs/18_folders.ipynb #a0b1f210
+def read_names(
+    path: Path,  # of a CSV file
+    columns: set[str],  # that it must have
+) -> pd.DataFrame:  # indexed by name, without suffix
+    "A table of photographs. Raises ValueError, also where two lines contradict each other."
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not columns <= set(table):
+        raise ValueError(f"{path.name}: expected columns {' and '.join(sorted(columns))}, "
+                         f"got {', '.join(table.columns)}")
+    stem = lambda n: str(PurePosixPath(n).with_suffix("")) if PurePosixPath(n).suffix.lower() in SUFFIXES else n
+    table["name"] = [same_name(stem(n)) for n in table["name"]]
+    table = table[[c for c in table if c in {*columns, "split"}]].drop_duplicates()
+    twice = table["name"].duplicated()
+    if twice.any():
+        raise ValueError(f"{path.name}: expected one line for each photograph, got different ones for "
+                         f"{listed(table['name'][twice].unique())}: keep the right one")
+    return table.set_index("name")
+
 def read_parts(
     data: DataFile,
 ) -> pd.DataFrame | None:  # indexed by name; None: there is no parts.csv
@@ -543,14 +693,31 @@ def read_parts(
     path = data.root / "parts.csv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if "name" not in table:
-        raise ValueError(f"{path.name}: expected a column name, got {', '.join(table.columns)}")
-    stem = lambda n: str(PurePosixPath(n).with_suffix("")) if PurePosixPath(n).suffix.lower() in SUFFIXES else n
-    table["name"] = [same_name(stem(n)) for n in table["name"]]
-    return table.drop_duplicates("name").set_index("name")
+    return read_names(path, {"name", *({data.part} - {""} if data.part.isidentifier() else ())})
+
+# %% ../../nbs/18_folders.ipynb #a0b1f208
+def look_up(
+    column: pd.Series,  # of `read_names`
+    names: Sequence[str],  # of photographs
+) -> list[str | None]:  # None: not in the table
+    "The value of each photograph: by its name, or by the file's name where only one photograph and one line have it."
+    short = lambda name: PurePosixPath(name).name
+    photographs, lines = Counter(map(short, names)), Counter(map(short, column.index))
+    full = {short(n): n for n in column.index}
+    taken = set(names)
+    def one(name):
+        key = short(name)
+        if name in column.index:
+            return column[name]
+        single = photographs[key] == 1 and lines[key] == 1 and full[key] not in taken
+        return column[full[key]] if single else None
+    return [one(n) for n in names]
 
 # %% ../../nbs/18_folders.ipynb #4c84dec1
+def is_column(part: str) -> bool:
+    "Whether `part` is a column of parts.csv, not a pattern."
+    return bool(part) and not re.compile(part).groups
+
 def find_parts(
     data: DataFile,
     names: Sequence[str],  # of photographs
@@ -560,14 +727,13 @@ def find_parts(
         warnings.warn("each photograph is taken for a part of its own: two photographs of one part may stand on both "
                       "sides of a split, and scores then promise too much; say what the parts are (part)", stacklevel=3)
         return list(names)
-    if re.compile(data.part).groups:
-        parts = [part_by_pattern(n, data.part) for n in names]
-    else:
+    if is_column(data.part):
         table = read_parts(data)
-        if table is None or data.part not in table:
-            raise ValueError(f"part: no column {data.part!r} in {data.root / 'parts.csv'}")
-        stems = {PurePosixPath(n).name: n for n in table.index}
-        parts = [table[data.part].get(n, table[data.part].get(stems.get(PurePosixPath(n).name))) for n in names]
+        if table is None:
+            raise ValueError(f"part: no column {data.part!r}, because there is no {data.root / 'parts.csv'}")
+        parts = look_up(table[data.part], names)
+    else:
+        parts = [part_by_pattern(n, data.part) for n in names]
     unknown = [p in (None, "") for p in parts]
     if any(unknown):
         raise ValueError(f"part: {data.part!r} finds no part for {sum(unknown)} photographs: {listed(names, unknown)}")
@@ -599,30 +765,36 @@ def read_pair(
     "A photograph and its mask at their own size. Raises BadFile."
     levels, tag = read_levels(entry.image)
     size = levels.shape[:2]
-    mask = fit_mask(entry.mask(size, tag, notes), size, tag, entry.name, notes)
+    mask = fit_mask(entry.draw(size, tag, notes), size, tag, entry.name, notes)
     return as_bytes(levels, data.channels, span), mask
 
 # %% ../../nbs/18_folders.ipynb #71716088
+def levels_of(
+    entry: Entry,
+) -> tuple[float, float] | None:  # least and largest level; None: eight bits, or damaged, which is said when it is read
+    "The range of a photograph of more than eight bits."
+    try:
+        with Image.open(entry.image) as file:
+            deep = is_deep(file)
+        levels = read_levels(entry.image)[0] if deep else None
+    except Exception:
+        return None
+    return (float(levels.min()), float(levels.max())) if deep else None
+
 def find_span(
     entries: Sequence[Entry],
     found: Found,  # notes are appended to
 ) -> tuple[float, float] | None:  # least and largest level; None: all photographs are of eight bits
     "The range of a data set of more than eight bits: one for all, so that brightness can be compared."
-    def deep(path):
-        try:
-            with Image.open(path) as file:
-                return is_deep(file)
-        except Exception:  # damaged: said when it is read
-            return False
-    which = [deep(e.image) for e in entries]
-    if not any(which):
+    with ThreadPoolExecutor() as pool:
+        limits = list(pool.map(levels_of, entries))
+    deep = [pair for pair in limits if pair is not None]
+    if not deep:
         return None
-    levels = (read_levels(e.image)[0] for e, d in zip(entries, which) if d)
-    limits = np.array([(v.min(), v.max()) for v in levels], float)
-    if not all(which):
-        shallow = [e.name for e, d in zip(entries, which) if not d]
+    shallow = [e.name for e, pair in zip(entries, limits) if pair is None]
+    if shallow:
         found.notes.append(Note(shallow[0], "bits", f"{len(shallow)} photographs of 8 bits are among others of 16"))
-    return float(limits[:, 0].min()), float(limits[:, 1].max())
+    return min(low for low, _ in deep), max(high for _, high in deep)
 
 # %% ../../nbs/18_folders.ipynb #9d98b8b2
 def resize(
@@ -686,12 +858,14 @@ def geometry(
 def digest(
     data: DataFile,
     entries: Sequence[Entry],
+    parts: Sequence[str],  # of each entry
 ) -> str:  # 16 hex digits
-    "A fingerprint of the files' bytes and of the choices made in reading; where the folder lies is no part of it."
+    "A fingerprint of the files' bytes, the parts and the choices made in reading, but not of where the folder lies."
     choices = {f.name: getattr(data, f.name) for f in fields(data) if f.name != "root"}
     whole = hashlib.sha256(json.dumps(choices, sort_keys=True, default=list).encode())
     def of(path):
         return hashlib.sha256(path.read_bytes()).digest()
+    whole.update(json.dumps(list(parts)).encode())
     files = sorted({f for e in entries for f in e.files})
     with ThreadPoolExecutor() as pool:
         for entry, content in zip(entries, pool.map(of, [e.image for e in entries])):
@@ -780,12 +954,13 @@ def read_folder(
     data = data if isinstance(data, DataFile) else read_data_file(data)
     data, found = find_entries(data)
     refuse(found.problems, data.root)
+    names = [e.name for e in found.entries]
+    parts = find_parts(data, names)
     rows = read_all(data, found)
     refuse(found.problems, data.root)
     entries, images, masks, table = cut_all(data, rows)
-    names = [e.name for e in found.entries]
-    parts = dict(zip(names, find_parts(data, names)))
-    table["tile"] = [parts[e.name] for e in entries]
+    part_of = dict(zip(names, parts))
+    table["tile"] = [part_of[e.name] for e in entries]
     if notes is not None:
         notes += found.notes
-    return Samples(images, masks, table, data.classes, f"folder {digest(data, found.entries)}", data.ignore)
+    return Samples(images, masks, table, data.classes, f"folder {digest(data, found.entries, parts)}", data.ignore)
