@@ -457,7 +457,8 @@ def test_a_blend_says_what_it_replaced_in_every_window(monkeypatch, regions, mes
 def test_a_blend_may_yield_its_regions(monkeypatch):
     monkeypatch.setitem(BLENDS, "yielding", lambda *given: iter(BLENDS["cutpaste"](*given)))
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
-    made = [inject.transform(images, masks, replace(plan, blend=[name] * len(plan))) for name in ("yielding", "cutpaste")]
+    names = "yielding", "cutpaste"
+    made = [inject.transform(images, masks, replace(plan, blend=[name] * len(plan))) for name in names]
     assert all(map(torch.equal, *made))
 
 

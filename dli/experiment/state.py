@@ -136,14 +136,14 @@ def settle(
     if state.graph is not None:
         state.losses += state.graph.losses()
 
-# %% ../../nbs/56_state.ipynb #04758728
+# %% ../../nbs/56_state.ipynb #56c0f1a7
 def micro(
     line: dict,  # scores
 ) -> float:
     "By what the best evaluation is chosen; below all others where `iou_micro` is not defined."
     return -1.0 if line["iou_micro"] is None else line["iou_micro"]
 
-
+# %% ../../nbs/56_state.ipynb #04758728
 def predict_validation(
     state: TrainingState,  # altered
     val: Samples,  # the validation part
