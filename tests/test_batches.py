@@ -66,6 +66,12 @@ def test_shares_without_balancing_keep_the_classes_proportions():
     np.testing.assert_allclose(drawn, [clean, (1 - clean) * 0.8, 0, (1 - clean) * 0.2])
 
 
+@pytest.mark.parametrize("draw", ["shares", "shuffled", None])
+def test_an_unknown_draw_has_no_weights(draw):
+    with pytest.raises(ValueError, match="is not known: choose one of balanced, share"):
+        draw_weights(np.repeat([0, 1], 20), 4, draw)
+
+
 @pytest.fixture
 def own(monkeypatch):
     "A data set of our own: one row, as the extend page adds it."

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from conftest import patch
 from dli.experiment.config import (INJECTION, METHODS, PRESETS, Method, RunConfig, evaluation_steps, learning_rate,
                                    notebook_config, resolve, run_key)
+from dli.method.blending import BLENDS
 from dli.method.injection import DynamicLabelInjection
 from dli.study.matrix import main
 
@@ -40,6 +41,8 @@ from dli.study.matrix import main
     (dict(method="sampler", draw="share"), "means draw='balanced'"),
     (dict(loss="wce"), "means loss='baseline'"),
     (dict(method="wce", margin=2), "injects nothing"),
+    (dict(method="dli-authors", threshold=127), "means threshold=0"),
+    (dict(method="dli-authors", dice="image"), "means dice='batch'"),
     (dict(dtype="float16"), "choose one of None, auto, bfloat16, float32"),
     (dict(select="first"), "choose one of last, best"),
     (dict(evaluations=21), "from 1 to 20"),
@@ -145,9 +148,48 @@ def test_a_method_is_a_row_of_one_table(monkeypatch):
         RunConfig(method="tversky-all", fill="uniform")
 
 
+@pytest.mark.parametrize("row, message", [
+    (dict(draw="shares"), "draw='shares' is not known: choose one of shuffled, balanced, share"),
+    (dict(loss="nonsense"), "loss='nonsense' is not known: choose one of baseline, focal"),
+    (dict(dice="batches"), "dice='batches' is not known: choose one of image, batch"),
+    (dict(inject=dict(blend="sticker")), "blend='sticker' is not known: choose one of poisson, cutpaste"),
+])
+def test_a_methods_row_is_checked_when_a_config_is_made(monkeypatch, row, message):
+    monkeypatch.setitem(METHODS, "wrong", Method(**row))
+    with pytest.raises(ValueError, match=f"method 'wrong': {message}"):
+        RunConfig(method="wrong")
+
+
+def test_the_protocol_can_be_chosen_where_the_method_says_nothing_of_it():
+    for method in METHODS:
+        own = RunConfig(method=method)
+        assert RunConfig(method=method, threshold=own.threshold, dice=own.dice) == own
+        if method != "dli-authors":
+            c = RunConfig(method=method, threshold=0, dice="batch")
+            assert (c.threshold, c.dice) == (0, "batch")
+
+
+def test_what_only_a_methods_row_can_say_is_in_the_key(monkeypatch):
+    rows = dict(usual={}, said=dict(blend="poisson"), paste=dict(blend="cutpaste"), mine=dict(blend="mine"))
+    monkeypatch.setitem(BLENDS, "mine", BLENDS["cutpaste"])
+    keys = {}
+    for name, inject in rows.items():
+        monkeypatch.setitem(METHODS, "own", Method(inject=inject))
+        keys[name] = run_key(RunConfig(method="own", dataset="synthetic"))
+    assert keys["usual"] == keys["said"] and len(set(keys.values())) == 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_rate_after_the_last_step_is_zero(preset):
+    for warmup in (0, 0.5, 1):
+        c = RunConfig(preset=preset, warmup=warmup)
+        assert learning_rate(c, c.steps) == 0 < learning_rate(c, c.steps - 1)
+
+
 def test_the_injection_has_the_defaults_of_the_transform():
     defaults = {name: p.default for name, p in signature(DynamicLabelInjection).parameters.items()}
-    assert set(INJECTION) == set(defaults) - {"pool", "ignore_index"}
+    assert set(INJECTION) == set(defaults) - {"pool", "ignore_index", "blend"}  # these a method's row alone can say
+    assert defaults["blend"] == "poisson"
     assert {name: getattr(RunConfig(), name) for name in INJECTION} == {name: defaults[name] for name in INJECTION}
 
 

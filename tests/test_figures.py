@@ -599,8 +599,8 @@ BOTH = {"table1", "comparisons", "fig3_iou_per_class", "policy", "ladder", "fig5
 
 
 def run_without_pictures(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch(patch, "save_pictures", lambda *_: None)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patch(monkeypatch, "save_pictures", lambda *_: None)
         run(config, progress=False)
 
 

@@ -439,6 +439,29 @@ def test_a_new_blend_labels_what_it_says_it_replaced(monkeypatch, region):
     assert region == "exact" or (labels > 0).all()
 
 
+@pytest.mark.parametrize("regions, message", [
+    (lambda masks: masks[1:], "expected 6 regions, one per window, got 5"),
+    (lambda masks: [*masks, masks[0]], "expected 6 regions, one per window, got 7"),
+    (lambda masks: [mask.byte() for mask in masks], "expected regions like the masks, torch.bool .*, got torch.uint8"),
+    (lambda masks: [mask[:, 1:] for mask in masks], "expected regions like the masks, torch.bool .*, got torch.bool"),
+    (lambda masks: [mask.numpy() for mask in masks], "expected regions like the masks, torch.bool .*, got bool"),
+    (lambda masks: [None for mask in masks], "expected regions like the masks, torch.bool .*, got NoneType"),
+])
+def test_a_blend_says_what_it_replaced_in_every_window(monkeypatch, regions, message):
+    monkeypatch.setitem(BLENDS, "careless", lambda targets, patches, masks, options: regions(masks))
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    with pytest.raises(ValueError, match=f"blend 'careless': {message}"):
+        inject.transform(images, masks, replace(plan, blend=["careless"] * len(plan)))
+
+
+def test_a_blend_may_yield_its_regions(monkeypatch):
+    monkeypatch.setitem(BLENDS, "yielding", lambda *given: iter(BLENDS["cutpaste"](*given)))
+    inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
+    names = "yielding", "cutpaste"
+    made = [inject.transform(images, masks, replace(plan, blend=[name] * len(plan))) for name in names]
+    assert all(map(torch.equal, *made))
+
+
 def test_a_plan_with_an_unknown_blend():
     inject, images, masks, plan = all_injected(DonorPool(random_samples(0)))
     with pytest.raises(ValueError, match="plan: expected blends out of poisson, cutpaste, got 'sticker': add a blend"):

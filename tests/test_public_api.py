@@ -35,7 +35,8 @@ OF_SQUARE_TILES = {"fetch_magnetic_tiles", "find_magnetic_tiles", "fold_table", 
                    "read_folds", "synthetic_tiles", "verify_magnetic_tiles"}
 OF_RUNS = {"load_model", "load_runs", "notebook_config", "publish", "resolve", "run", "run_folder", "run_key",
            "run_name", "run_samples"}
-NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS
+OF_FOLDERS = {"DataFile", "FolderCheck", "LAYOUTS", "check_folder", "read_data_file", "read_folder"}  # test_folders.py
+NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS | OF_FOLDERS
 
 
 def parts(height: int, width: int, channels: int, classes: tuple[str, ...], seed: int = 0) -> Samples:

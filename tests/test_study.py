@@ -740,6 +740,19 @@ def test_costs_by_number_of_machines():
     assert table["machine_hours"].tolist() == pytest.approx([2, 2, 3])
     with pytest.raises(ValueError, match="nothing was measured for resnet18 at smoke: measure it"):
         projected_cost([config(encoder="resnet18")], measured())
+    with pytest.raises(ValueError, match="-p preset smoke -p encoder resnet18 "):
+        projected_cost([config(), config(encoder="resnet18")], measured())
+    for wrong in (dict(jobs=0), dict(jobs=-1), dict(machines=(1, 0))):
+        with pytest.raises(ValueError, match=r"=(0|-1): expected 1 or more"):
+            projected_cost([config()], measured(), **wrong)
+
+
+@pytest.mark.parametrize("wrong", ["--jobs=-1", "--jobs=0", "--threads=0"])
+def test_no_command_takes_less_than_one_job_or_thread(wrong, capsys):
+    for more in (["--dry-run"], []):
+        assert main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", wrong, *more]) == 2
+        said = capsys.readouterr()
+        assert said.err.startswith("dli-study: ") and "expected 1 or more" in said.err and not said.out
 
 
 # Ray

@@ -126,6 +126,22 @@ def test_the_best_evaluation_is_scored_where_asked_for(tmp_path, monkeypatch):
     assert same == [False, True, False]
 
 
+@pytest.mark.parametrize("marks, chosen", [((None, 0.2, None), 4), ((None, None, None), 6), ((0.0, None, 0.0), 2)])
+def test_an_evaluation_without_a_score_is_never_the_best(monkeypatch, marks, chosen):
+    c = config(method="baseline", select="best", evaluations=3)
+    usual, left = scores, iter(marks)
+    patch(monkeypatch, "scores", lambda *a: usual(*a) | dict(iou_micro=next(left)))
+    train, val = run_samples(c)
+    found = fit(c, train, val, progress=False)
+    steps = [line["step"] for line in found.curve]
+    assert steps == [2, 4, 6] and [line["iou_micro"] for line in found.curve] == list(marks)
+    patch(monkeypatch, "scores", usual)
+    state, loss = begin(c, train), run_loss(c, train)
+    for images, masks in itertools.islice(batches(c, train, state.inject, torch.device("cpu")), chosen):
+        advance(state, loss, images, masks)
+    assert all(torch.equal(v, found.model.state_dict()[k]) for k, v in state.model.state_dict().items())
+
+
 def test_the_best_network_survives_a_kill(tmp_path):
     c = config(method="baseline", select="best", evaluations=3, out=str(tmp_path / "whole"))
     run(c, progress=False)

@@ -19,8 +19,10 @@ import torch
 
 from ..data.splits import SPLITS
 from .datasets import DATASETS, data_fingerprint, resolve_dataset
+from ..method.blending import BLENDS
 from ..method.donors import default_margin
 from ..method.injection import CHOICES, DynamicLabelInjection
+from ..network.losses import LOSSES
 from ..network.models import ENCODERS
 
 # %% ../../nbs/51_config.ipynb #06-training-006
@@ -195,6 +197,7 @@ class RunConfig(BudgetFields):
 DRAWS = ("shuffled", "balanced", "share")  # how the images of a batch are drawn, see `draw_weights`
 DTYPES = ("auto", "bfloat16", "float32")
 SELECT = ("last", "best")
+DICE = ("image", "batch")
 
 
 def check_names(
@@ -205,14 +208,15 @@ def check_names(
     known = dict(method=METHODS, encoder=ENCODERS, preset=PRESETS, dataset=datasets, split=SPLITS, select=SELECT)
     for name, choices in known.items():
         known_name(name, given[name], choices)
-    optional = CHOICES | dict(dtype=DTYPES, dice=("image", "batch"))
+    optional = CHOICES | dict(dtype=DTYPES, dice=DICE)
     for name, choices in optional.items():
         known_name(name, given[name], (None, *choices))
 
 # %% ../../nbs/51_config.ipynb #06-training-016
 FIELDS = {f.name for f in fields(RunConfig)}
-INJECTION = {name: parameter.default for name, parameter in inspect.signature(DynamicLabelInjection).parameters.items()
-             if name in FIELDS}  # arguments of the injection that a run can choose, and their defaults
+TRANSFORM = {name: parameter.default for name, parameter in inspect.signature(DynamicLabelInjection).parameters.items()
+             if parameter.default is not parameter.empty}  # arguments of the injection, and their defaults
+INJECTION = {name: default for name, default in TRANSFORM.items() if name in FIELDS}  # those that a run can choose
 
 
 def check_method(
@@ -221,15 +225,28 @@ def check_method(
     "Raise ValueError where a field contradicts what the method fixes."
     method = METHODS[given["method"]]
     fixed = dict(loss=method.loss, draw=method.draw) | (method.inject or {})
-    for name in ("loss", "draw", "margin", *INJECTION):
+    fixed |= {name: value for name, value in dict(threshold=method.threshold, dice=method.dice).items()
+              if value != getattr(Method(), name)}
+    for name in ("loss", "draw", "threshold", "dice", "margin", *INJECTION):
         value = given[name]
         if value is None:
             continue
-        if name not in ("loss", "draw") and method.inject is None:
+        if (name == "margin" or name in INJECTION) and method.inject is None:
             raise ValueError(f"{name}={value!r}: method {given['method']!r} injects nothing, so leave it out")
         if fixed.get(name, value) != value:
             raise ValueError(f"{name}={value!r}: method {given['method']!r} means {name}={fixed[name]!r}; "
                              "use another method to choose it")
+
+# %% ../../nbs/51_config.ipynb #51c0f1a7
+def check_row(
+    name: str,  # a key of `METHODS`
+) -> None:
+    "Raise ValueError, naming the choices, where a method's row says a name that is not known."
+    row = METHODS[name]
+    blend = (row.inject or {}).get("blend", TRANSFORM["blend"])
+    said = dict(loss=(row.loss, LOSSES), draw=(row.draw, DRAWS), dice=(row.dice, DICE), blend=(blend, BLENDS))
+    for what, (value, choices) in said.items():
+        known_name(f"method {name!r}: {what}", value, choices)
 
 # %% ../../nbs/51_config.ipynb #06-training-017
 def default_fields(
@@ -280,6 +297,7 @@ def complete_fields(
 ) -> dict:
     "The fields, checked, in one spelling, None replaced by what it stands for. Raises ValueError."
     check_names(given)
+    check_row(given["method"])
     given = plain_fields(given)
     check_method(given)
     defaults = default_fields(given)
@@ -344,10 +362,13 @@ KEY_DEFAULTS = dict(
 def run_content(
     config: RunConfig,
 ) -> dict:
-    "What could change the result, as far as it differs from `KEY_DEFAULTS` (a newer field: from its own default)."
+    "What could change the result, as far as it differs from `KEY_DEFAULTS` (what came later: from its own default)."
     config = resolve(config)
-    usual = {f.name: f.default for f in fields(config)} | KEY_DEFAULTS
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "out"}
+    fixed = {name: default for name, default in TRANSFORM.items() if name not in FIELDS}  # by a method's row alone
+    usual = fixed | {f.name: f.default for f in fields(config)} | KEY_DEFAULTS
+    injected = METHODS[config.method].inject or {}
+    values = {name: injected.get(name, default) for name, default in fixed.items()}
+    values |= {f.name: getattr(config, f.name) for f in fields(config) if f.name != "out"}
     return dict(recipe=RECIPE) | {name: value for name, value in values.items() if value != usual[name]}
 
 # %% ../../nbs/51_config.ipynb #1818b7c3
@@ -371,6 +392,8 @@ def learning_rate(
     step: int,  # counted from 0
 ) -> float:
     "Adam's rate at a step."
+    if step >= config.steps:
+        return 0.0
     warmup = config.warmup * config.steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)

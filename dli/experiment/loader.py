@@ -15,7 +15,7 @@ import torch
 
 from ..data.samples import Samples
 from ..data.splits import split_samples
-from .config import INJECTION, METHODS, RunConfig
+from .config import DRAWS, INJECTION, METHODS, RunConfig, known_name
 from .datasets import DATASETS, MAGNETIC_TILES, Dataset, load_dataset, resolve_dataset
 from ..method.donors import DonorPool
 from ..method.injection import DynamicLabelInjection
@@ -89,6 +89,7 @@ def draw_weights(
     draw: str,  # "balanced": classes equally often; "share": in their natural proportions
 ) -> torch.Tensor:  # float64 (N,), sum 1
     "How often each image is drawn. Clean images are drawn as often as `dli` leaves them clean."
+    known_name("draw", draw, [name for name in DRAWS if name != "shuffled"])
     clean = clean_share_after_dli(labels, batch_size)
     classes = np.unique(labels[labels > 0])
     weight = torch.zeros(len(labels), dtype=torch.float64, device="cpu")

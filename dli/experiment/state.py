@@ -136,6 +136,13 @@ def settle(
     if state.graph is not None:
         state.losses += state.graph.losses()
 
+# %% ../../nbs/56_state.ipynb #56c0f1a7
+def micro(
+    line: dict,  # scores
+) -> float:
+    "By what the best evaluation is chosen; below all others where `iou_micro` is not defined."
+    return -1.0 if line["iou_micro"] is None else line["iou_micro"]
+
 # %% ../../nbs/56_state.ipynb #04758728
 def predict_validation(
     state: TrainingState,  # altered
@@ -153,8 +160,8 @@ def score_validation(
     with timed(state.seconds, "evaluations"):
         predict_validation(state, val)
     found = scores(state.counts, val.classes)
-    earlier = max((line["iou_micro"] for line in state.curve), default=-1)
-    if state.config.select == "best" and found["iou_micro"] > earlier:
+    earlier = max(map(micro, state.curve), default=-1)
+    if state.config.select == "best" and micro(found) > earlier:
         state.best = {name: value.clone() for name, value in state.model.state_dict().items()}
     rate = learning_rate(state.config, state.step - 1)
     state.curve.append(dict(step=state.step, seconds=state.seconds["total"], rate=rate,
@@ -168,7 +175,7 @@ def finish(
 ) -> None:
     "Leave the network that is scored, the last or the best one, and its predictions of the validation images."
     if state.best is not None:
-        best = max(state.curve, key=lambda line: line["iou_micro"])
+        best = max(state.curve, key=micro)
         if best["step"] != state.step:
             state.model.load_state_dict(state.best)
             state.counts = None

@@ -125,6 +125,21 @@ def widen_placement(
     mask[placement.window] = placement.mask
     return replace(placement, window=tuple(slice(0, n) for n in mask.shape), patch=patch, mask=mask)
 
+# %% ../../nbs/25_placing.ipynb #2502c7e1
+def check_regions(
+    name: str,  # of the blend
+    regions: list,  # that it returned
+    masks: list[torch.Tensor],  # that it was given: bool (h, w)
+) -> None:
+    "Raise ValueError unless there is a region like each mask: a defect without one would be pasted unlabelled."
+    if len(regions) != len(masks):
+        raise ValueError(f"blend {name!r}: expected {len(masks)} regions, one per window, got {len(regions)}")
+    for region, mask in zip(regions, masks):
+        found = getattr(region, "dtype", type(region).__name__), tuple(getattr(region, "shape", ()))
+        if found != (torch.bool, tuple(mask.shape)):
+            raise ValueError(f"blend {name!r}: expected regions like the masks, torch.bool {tuple(mask.shape)}, "
+                             f"got {found[0]} {found[1]}")
+
 # %% ../../nbs/25_placing.ipynb #02-injection-094a
 def blend_all(
     images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
@@ -140,8 +155,10 @@ def blend_all(
     blended = []
     for name, group in groups.items():
         targets = [images[p.target][(slice(None), *p.window)] for p in group]
-        regions = BLENDS[name](targets, [p.patch for p in group], [p.mask for p in group], options)
-        blended += zip(group, regions)
+        masks = [p.mask for p in group]
+        regions = list(BLENDS[name](targets, [p.patch for p in group], masks, options))
+        check_regions(name, regions, masks)
+        blended += zip(group, regions, strict=True)
     return blended
 
 # %% ../../nbs/25_placing.ipynb #02-injection-096

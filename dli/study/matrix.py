@@ -261,6 +261,15 @@ def finished_runs(configs: Sequence[RunConfig], *stores: Path | str) -> pd.DataF
     keys = [run_key(c) for c in configs]
     return runs.loc[[key for key in keys if key in runs.index]].reset_index(drop=True)
 
+# %% ../../nbs/61_matrix.ipynb #61a00014
+def check_counts(
+    **counts: int | None,
+) -> None:
+    "Raise ValueError for a number below 1."
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more")
+
 # %% ../../nbs/61_matrix.ipynb #07-study-055
 def run_matrix(configs: Iterable[RunConfig],  # what is wanted
                jobs: int | None = None,       # runs at a time; None: one per core, or one on a GPU. Ray decides itself
@@ -274,9 +283,7 @@ def run_matrix(configs: Iterable[RunConfig],  # what is wanted
     DownloadError if the data can't be downloaded, ValueError for wrong arguments, ImportError if Ray is missing."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r}: choose one of {', '.join(ENGINES)}")
-    for name, value in dict(jobs=jobs, threads=threads).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more")
+    check_counts(jobs=jobs, threads=threads)
     configs = list(dict.fromkeys(resolve_all(configs)))
     todo = missing(configs)
     for config in set(configs) - set(todo):
@@ -329,11 +336,13 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
                    ) -> pd.DataFrame:              # machines, hours, machine_hours
     """How long runs will take on different numbers of machines.
 
-    Raises ValueError naming the encoders and presets that no row was measured for."""
+    Raises ValueError naming the encoders and presets that no row was measured for, and for less than one job."""
+    check_counts(jobs=jobs, machines=min(machines, default=None))
     seconds = {c: projected_seconds(c, measured) for c in configs}
-    unknown = sorted({f"{c.encoder} at {c.preset}" for c, s in seconds.items() if s is None})
-    if unknown:
-        flags = f"-p preset {configs[0].preset} -p encoder {configs[0].encoder} -p steps 100"
+    unmeasured = [c for c, s in seconds.items() if s is None]
+    if unmeasured:
+        unknown = sorted({f"{c.encoder} at {c.preset}" for c in unmeasured})
+        flags = f"-p preset {unmeasured[0].preset} -p encoder {unmeasured[0].encoder} -p steps 100"
         raise ValueError(f"nothing was measured for {', '.join(unknown)}: measure it by a short run of each, such as\n"
                          f"  papermill nbs/experiments.ipynb measured.ipynb {flags}")
     table = pd.DataFrame(dict(machines=machines))
@@ -401,6 +410,7 @@ def train_studies(configs: Sequence[RunConfig], # resolved
 # %% ../../nbs/61_matrix.ipynb #61a0000e
 def do_command(a: argparse.Namespace) -> int: # exit code
     "What `dli-study` does with its arguments."
+    check_counts(jobs=a.jobs, threads=a.threads)
     names = list(STUDIES) if "all" in a.studies else a.studies
     wanted = study_configs(names, a.preset, a.encoders, a.folds, a.partitions)
     configs = resolve_all(replace(c, dataset=a.dataset, out=a.out) for c in wanted)

@@ -148,7 +148,7 @@ def one_budget(
     """Raises NoRows without rows; ValueError if they differ in recipe, device, number format, data, budget, or an
     encoder's weights."""
     if runs.empty:
-        raise NoRows("runs: expected rows, got none: train some first (see study)")
+        raise NoRows("runs: expected rows, got none: train some first (see matrix)")
     one_recipe(runs)
     one_kind(runs)
     for name in BUDGET:
