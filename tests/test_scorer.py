@@ -446,3 +446,19 @@ def test_read_mask_resizes_to_the_nearest(tmp_path):
     Image.fromarray(mask).save(tmp_path / "m.png")
     assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, (6, 6)) == np.arange(6)).all()
     assert (read_mask(tmp_path / "m.png", ((24, 12),), 5, (3, 12)) == np.arange(6).repeat(2)).all()
+
+
+def test_the_command_scores_photographs_of_your_own(tmp_path, capsys):
+    own = synthetic_tiles(n=60, size=32, seed=3)
+    for kind, arrays in (("images", own.images), ("masks", own.masks)):
+        (tmp_path / kind).mkdir()
+        for name, array in zip(own.table["name"], arrays):
+            Image.fromarray(array).save(tmp_path / kind / f"{name}.png")
+    lines = f"layout: index\nclasses: {list(own.classes)}\npart: '^synthetic_(\\d+)_'\n"
+    (tmp_path / "parts.yaml").write_text(lines)
+    for data in (tmp_path, tmp_path / "parts.yaml"):
+        assert main([str(tmp_path / "masks"), "--data", str(data), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["iou_macro"] == 1
+    (tmp_path / "parts.yaml").write_text("layout: index")
+    assert main([str(tmp_path / "masks"), "--data", str(tmp_path)]) == 1
+    assert "classes is missing" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from ..data.folders import read_folder
 from ..data.magnetic import magnetic_tiles
 from ..data.masks import one_hot
 from ..data.samples import FREE, Samples, same_name
@@ -208,8 +209,9 @@ def score(
 def command_line() -> argparse.ArgumentParser:
     "The options of `dli-score`."
     parser = argparse.ArgumentParser("dli-score", description=(
-        "Score predicted masks of the Magnetic Tiles: IoU of each defect and false alarms on clean images. "
-        "A mask holds the index of a class in each pixel: 0 none, 1 Blowhole, 2 Break, 3 Crack, 4 Fray, 5 Uneven."))
+        "Score predicted masks of the Magnetic Tiles, or of your own photographs: IoU of each defect and false alarms "
+        "on clean images. A mask holds the index of a class in each pixel: 0 none, 1 Blowhole, 2 Break, 3 Crack, "
+        "4 Fray, 5 Uneven; or the classes of your data file in their order."))
     parser.add_argument("predictions", help="folder with <name of the photograph>.png for each photograph, "
                                             "256 x 256 pixels or the photograph's size")
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="score one fold; default: all five together")
@@ -217,10 +219,20 @@ def command_line() -> argparse.ArgumentParser:
                         help="which of the four ways to deal the images into folds; default: 0, the one to report")
     parser.add_argument("--split", choices=SPLITS, default="tile",
                         help="tile (default): the photographs of a tile share a fold; image: dealt at random")
-    parser.add_argument("--data", help="folder of the Magnetic Tiles; default: the environment variable DLI_DATA, "
-                                       "the cache, or a download")
+    parser.add_argument("--data", help="a data file of your own photographs (parts.yaml), or the folder of the "
+                                       "Magnetic Tiles; default: these, in DLI_DATA, the cache, or downloaded")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+# %% ../../nbs/41_scorer.ipynb #0fc70a77
+def samples_to_score(
+    data: str | None,  # a data file, or a folder that holds one; or the folder of the Magnetic Tiles, None: find them
+) -> Samples:
+    "The photographs whose masks were predicted. Raises what reading them raises."
+    path = Path(data or ".")
+    if data and (path.suffix.lower() in (".yaml", ".yml") or (path / "parts.yaml").is_file()):
+        return read_folder(path)
+    return magnetic_tiles(data)
 
 # %% ../../nbs/41_scorer.ipynb #482e8186
 def main(
@@ -229,7 +241,7 @@ def main(
     "The command `dli-score`."
     given = command_line().parse_args(arguments)
     try:
-        result = score(given.predictions, given.fold, given.partition, given.split, magnetic_tiles(given.data))
+        result = score(given.predictions, given.fold, given.partition, given.split, samples_to_score(given.data))
     except (ValueError, OSError) as error:
         print(f"dli-score: {error}", file=sys.stderr)
         return 1
