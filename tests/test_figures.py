@@ -508,7 +508,7 @@ def test_missing_rows_are_listed(tmp_path, capsys):
     said = capsys.readouterr().out
     assert runs["method"].tolist() == ["dli"]
     assert said.startswith("2 of 3 rows are missing:\n  dli-cutpaste-efficientnet_lite0-smoke-tile-p0f0s0-")
-    command = ("dli-study table2 --preset smoke --encoders efficientnet_lite0 --folds 0 --partitions 0 "
+    command = ("dli study table2 --preset smoke --encoders efficientnet_lite0 --folds 0 --partitions 0 "
                "--dataset synthetic --out ")
     assert f"Train them: {command}" in said
     for method in ("dli-cutpaste", "dli-poisson"):

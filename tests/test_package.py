@@ -124,7 +124,7 @@ def test_the_core_works_without_any_extra(python, tmp_path):
 
 @pytest.mark.slow
 def test_commands_are_installed_and_what_is_missing_is_named(python, tmp_path):
-    assert "--fold" in command(python.parent / "dli-score", "--help", cwd=tmp_path)
+    assert "--fold" in command(python.parent / "dli", "score", "--help", cwd=tmp_path)
     code = "import dli; dli.lightweight_unet(weights=None)"
     done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import torch
+from dli import cli
 from dli.files import locked, read_table, write_whole
 from dli.data.magnetic import DownloadError
 from dli.experiment.config import METHODS, PRESETS, RECIPE, Method, RunConfig, resolve, run_key, run_name
@@ -31,7 +32,7 @@ from dli.experiment.evaluation import save_pictures
 from dli.experiment.state import CHECKPOINTS
 from dli.experiment.training import run
 from dli.study.studies import AUTHORS, LADDER, STUDIES, configs_of, methods, missing, resolve_all, study_configs
-from dli.study.matrix import (WORKER, Bar, FailedRuns, Worker, as_job, finished_runs, main, makespan, projected_cost,
+from dli.study.matrix import (WORKER, Bar, FailedRuns, Worker, as_job, finished_runs, makespan, projected_cost,
                               projected_seconds, run_matrix, train_job)
 from conftest import patch
 
@@ -550,7 +551,7 @@ from dataclasses import replace
 from dli.experiment.config import PRESETS
 PRESETS["smoke"] = replace(PRESETS["smoke"], steps=5000)
 """
-RUN_COMMAND = RUNNER + "sys.exit(matrix.main(json.loads(sys.argv[1])))"
+RUN_COMMAND = RUNNER + "from dli.cli import main; sys.exit(main(['study', *json.loads(sys.argv[1])]))"
 
 
 def start_apart(code, argument, **kwargs):
@@ -634,7 +635,7 @@ def test_a_killed_matrix_leaves_no_worker_and_ends_as_if_it_had_not_been_killed(
     assert outcome(own) == outcome(place(configs, tmp_path / "whole"))
 
 
-COMMAND = "import sys; from dli.study.matrix import main; sys.exit(main())"
+COMMAND = "import sys; from dli.cli import main; sys.exit(main(['study', *sys.argv[1:]]))"
 
 
 def command(*args, **kwargs):
@@ -678,6 +679,10 @@ def test_ctrl_c_ends_the_workers_and_says_little(tmp_path):
 
 # The command
 
+def main(words):
+    return cli.main(["study", *words])
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", "--jobs", "2"]
@@ -701,9 +706,7 @@ def test_the_commands_exit_code_tells_of_failures(tmp_path, monkeypatch, capsys)
     said = capsys.readouterr()
     assert said.err.count(": ValueError: a bad day") == 2 and "0 of 2 runs have a row" in said.out
     for wrong in (["table3"], [], ["table1", "--preset", "fast"], ["table1", "--encoders", "vgg"]):
-        with pytest.raises(SystemExit) as e:
-            main(wrong)
-        assert e.value.code == 2
+        assert main(wrong) == 2
 
 
 # What it costs
@@ -752,7 +755,7 @@ def test_no_command_takes_less_than_one_job_or_thread(wrong, capsys):
     for more in (["--dry-run"], []):
         assert main(["policy", "--preset", "smoke", "--dataset", "synthetic", "--folds", "0", wrong, *more]) == 2
         said = capsys.readouterr()
-        assert said.err.startswith("dli-study: ") and "expected 1 or more" in said.err and not said.out
+        assert said.err.startswith("dli study: ") and "expected 1 or more" in said.err and not said.out
 
 
 # Ray

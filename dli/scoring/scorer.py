@@ -6,10 +6,7 @@
 __all__ = ['fold_table', 'read_folds', 'BadPredictions', 'score_counts', 'score']
 
 # %% ../../nbs/41_scorer.ipynb #8f2b0007
-import argparse
-import json
 import os
-import sys
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -24,7 +21,7 @@ from ..data.folders import read_folder
 from ..data.magnetic import magnetic_tiles
 from ..data.masks import one_hot
 from ..data.samples import FREE, Samples, same_name
-from ..data.splits import FOLDS, SPLITS, absent_classes, check_split, find_folds, held_out
+from ..data.splits import SPLITS, absent_classes, check_split, find_folds, held_out
 from ..files import read_table
 from .metrics import count_batch, counts_table, scores
 
@@ -205,25 +202,6 @@ def score(
     counts = score_counts(predictions, fold, partition, split, samples)
     return scores(counts, samples.classes) | dict(auroc_image=None, alarm_at_95=None)
 
-# %% ../../nbs/41_scorer.ipynb #09-benchmark-031
-def command_line() -> argparse.ArgumentParser:
-    "The options of `dli-score`."
-    parser = argparse.ArgumentParser("dli-score", description=(
-        "Score predicted masks of the Magnetic Tiles, or of your own photographs: IoU of each defect and false alarms "
-        "on clean images. A mask holds the index of a class in each pixel: 0 none, 1 Blowhole, 2 Break, 3 Crack, "
-        "4 Fray, 5 Uneven; or the classes of your data file in their order."))
-    parser.add_argument("predictions", help="folder with <name of the photograph>.png for each photograph, "
-                                            "256 x 256 pixels or the photograph's size")
-    parser.add_argument("--fold", type=int, choices=range(FOLDS), help="score one fold; default: all five together")
-    parser.add_argument("--partition", type=int, choices=PARTITIONS, default=0,
-                        help="which of the four ways to deal the images into folds; default: 0, the one to report")
-    parser.add_argument("--split", choices=SPLITS, default="tile",
-                        help="tile (default): the photographs of a tile share a fold; image: dealt at random")
-    parser.add_argument("--data", help="a data file of your own photographs (parts.yaml), or the folder of the "
-                                       "Magnetic Tiles; default: these, in DLI_DATA, the cache, or downloaded")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
 # %% ../../nbs/41_scorer.ipynb #0fc70a77
 def samples_to_score(
     data: str | None,  # a data file, or a folder that holds one; or the folder of the Magnetic Tiles, None: find them
@@ -233,20 +211,3 @@ def samples_to_score(
     if data and (path.suffix.lower() in (".yaml", ".yml") or (path / "parts.yaml").is_file()):
         return read_folder(path)
     return magnetic_tiles(data)
-
-# %% ../../nbs/41_scorer.ipynb #482e8186
-def main(
-    arguments: list[str] | None = None,  # None: those of the command line
-) -> int:  # exit code: 0, or 1 where predictions or dataset are not as expected
-    "The command `dli-score`."
-    given = command_line().parse_args(arguments)
-    try:
-        result = score(given.predictions, given.fold, given.partition, given.split, samples_to_score(given.data))
-    except (ValueError, OSError) as error:
-        print(f"dli-score: {error}", file=sys.stderr)
-        return 1
-    if given.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(pd.Series(result, dtype=float).round(4).dropna().to_string())
-    return 0

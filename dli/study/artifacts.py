@@ -252,7 +252,7 @@ def matrix_command(
     store: str,
 ) -> str:
     "The command that trains the rows of some studies."
-    words = ["dli-study", *names, "--preset", preset, "--encoders", *encoders, "--folds", *map(str, folds),
+    words = ["dli", "study", *names, "--preset", preset, "--encoders", *encoders, "--folds", *map(str, folds),
              "--partitions", *map(str, partitions), "--dataset", dataset, "--out", store]
     return " ".join(words)
 

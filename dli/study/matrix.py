@@ -6,7 +6,6 @@
 __all__ = ['FailedRuns', 'run_matrix', 'projected_cost']
 
 # %% ../../nbs/61_matrix.ipynb #d2c374d4
-import argparse
 import heapq
 import json
 import os
@@ -29,12 +28,11 @@ from .._extras import extra
 from ..network.models import ENCODERS, Encoder
 from ..network.speed import default_device
 from ..experiment.config import METHODS, PRESETS, Method, Preset, RunConfig, evaluation_steps, run_key, run_name
-from ..experiment.datasets import DATASETS
 from ..experiment.state import CHECKPOINTS
 from ..experiment.store import (COSTS, RESULTS, load_runs, publish, read_run, row_config, run_folder, small_files,
                                   store_files)
 from ..experiment.training import run
-from .studies import STUDIES, missing, resolve_all, stores_of, study_configs
+from .studies import missing, resolve_all, stores_of
 
 # %% ../../nbs/61_matrix.ipynb #07-study-040
 def as_job(config: RunConfig) -> str: # JSON
@@ -349,29 +347,6 @@ def projected_cost(configs: Sequence[RunConfig],   # runs to come
     table["hours"] = [makespan(seconds.values(), m * jobs) / 3600 for m in machines]
     return table.assign(machine_hours=table["machines"] * table["hours"])
 
-# %% ../../nbs/61_matrix.ipynb #07-study-067
-def parser() -> argparse.ArgumentParser:
-    "The arguments of `dli-study`."
-    p = argparse.ArgumentParser("dli-study", description="Train the runs of some studies that have no row yet. "
-                                "You can stop it at any time; the same command continues.")
-    add = p.add_argument
-    add("studies", nargs="+", choices=[*STUDIES, "all"], metavar="STUDY", help=f"{', '.join(STUDIES)}; or all")
-    add("--preset", default="study", choices=list(PRESETS))
-    add("--encoders", nargs="+", default=["efficientnet_lite0"], choices=list(ENCODERS), metavar="ENCODER",
-        help=", ".join(ENCODERS))
-    add("--folds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="FOLD",
-        help="of each partition (default: 0 1 2 3 4)")
-    add("--partitions", nargs="+", type=int, default=[0], metavar="PARTITION",
-        help="of the tiles into folds (default: 0)")
-    add("--jobs", type=int, help="runs at a time on this machine (default: as many as it has cores for)")
-    add("--threads", type=int, default=1, help="computing threads of each run (default: 1)")
-    add("--engine", default="local", choices=list(ENGINES), help="ray: on all machines of a Ray cluster")
-    add("--dataset", default="auto", choices=("auto", *DATASETS))
-    add("--out", default=RunConfig.out, help="the store for new rows")
-    add("--publish", action="store_true", help=f"then copy rows, counts and regions to {RESULTS}")
-    add("--dry-run", action="store_true", help="only list the runs without a row, and how long they will take")
-    return p
-
 # %% ../../nbs/61_matrix.ipynb #07-study-068
 def dry_run(configs: Sequence[RunConfig], # resolved
             jobs: int,                    # runs at a time
@@ -392,44 +367,23 @@ def dry_run(configs: Sequence[RunConfig], # resolved
 
 # %% ../../nbs/61_matrix.ipynb #61a0000d
 def train_studies(configs: Sequence[RunConfig], # resolved
-                  a: argparse.Namespace,        # of `parser`
+                  jobs: int | None = None,      # as for `run_matrix`, and the next two
+                  threads: int = 1,
+                  engine: str = "local",
+                  published: bool = False,      # then copy the rows into the committed store
+                  progress: bool = True,        # show a bar, and say how many runs have a row
                   ) -> int:                     # exit code: 1 if a run failed
-    "Train what is missing; publish the rows if asked to."
+    "Train what is missing. Raises what `run_matrix` raises, but for FailedRuns, which is printed."
     code = 0
     try:
-        runs = run_matrix(configs, a.jobs, a.threads, a.engine)
+        runs = run_matrix(configs, jobs, threads, engine, progress)
     except FailedRuns as e:
         print(e, file=sys.stderr)
         runs = e.runs
         code = 1
-    print(f"{len(runs)} of {len(configs)} runs have a row")
-    if a.publish:
-        print(f"{len(publish(runs))} of them are in {RESULTS}")
+    copied = publish(runs) if published else None
+    if progress:
+        print(f"{len(runs)} of {len(configs)} runs have a row")
+    if progress and published:
+        print(f"{len(copied)} of them are in {RESULTS}")
     return code
-
-# %% ../../nbs/61_matrix.ipynb #61a0000e
-def do_command(a: argparse.Namespace) -> int: # exit code
-    "What `dli-study` does with its arguments."
-    check_counts(jobs=a.jobs, threads=a.threads)
-    names = list(STUDIES) if "all" in a.studies else a.studies
-    wanted = study_configs(names, a.preset, a.encoders, a.folds, a.partitions)
-    configs = resolve_all(replace(c, dataset=a.dataset, out=a.out) for c in wanted)
-    if a.dry_run:
-        dry_run(configs, a.jobs or default_jobs(a.threads))
-        return 0
-    return train_studies(configs, a)
-
-def main(argv: Sequence[str] | None = None, # of the command line; None: this process's
-         ) -> int:                          # 0; 1: a run failed, 2: wrong arguments or no data, 130: stopped
-    "The command `dli-study`."
-    try:
-        return do_command(parser().parse_args(argv))
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError, ImportError) as e:
-        print(f"dli-study: {e}", file=sys.stderr)
-        return 2
