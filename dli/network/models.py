@@ -277,7 +277,7 @@ def start_from(
 def lightweight_unet(
     encoder: str = "resnet18",  # a key of `ENCODERS`
     classes: int = 5,  # K defect classes: output channels
-    weights: str | Path | None = "imagenet",  # "imagenet", None (random), or the path of an encoder's or a network's file
+    weights: str | Path | None = "imagenet",  # "imagenet", None (random), or the path of an encoder or a model file
     channels: int = 3,  # of the input: 3, or 1 for grey images
     decoder_channels: tuple[int, ...] = (128, 64, 32),  # at strides 4, 2 and 1; two: `end_at_half_size`
 ) -> nn.Module:  # an smp.Unet: (B, channels, H, W) -> logits (B, classes, H, W)
