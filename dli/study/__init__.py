@@ -4,6 +4,7 @@ from .._door import door
 __all__, __getattr__, __dir__ = door(__name__, {
     "studies": "STUDIES missing study_configs",
     "matrix": "FailedRuns projected_cost run_matrix",
+    "parts": "PartsAnswer parts_configs study_parts",
     "tables": "admissibility_table readable table1 table2 table3_iou_per_class",
     "figures": "fig3_iou_per_class fig4_qualitative fig5_weak_supervision fig6_weak_qualitative "
                "fig7_ablation_qualitative table1_differences table5_weak_supervision",
