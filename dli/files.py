@@ -11,9 +11,11 @@ import io
 import os
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
@@ -129,3 +131,69 @@ def waiting_lock(
         yield
     finally:
         lock.release()
+
+# %% ../nbs/00_files.ipynb #4632b93f
+HEADER = 128  # bytes of a .npy file before its values, as NumPy writes it for arrays of few axes
+
+class ArrayFile:
+    "A .npy file that grows by a row at a time; it is complete when it is closed."
+    def __init__(
+        self,
+        path: Path,  # of the file
+    ):
+        self.file = open(path, "wb")
+        self.file.write(bytes(HEADER))
+        self.rows, self.shape, self.dtype = 0, None, None
+    def append(
+        self,
+        row: np.ndarray,  # of one shape and type for all rows
+    ) -> None:
+        "Write one row. Raises ValueError for another shape or type."
+        self.shape, self.dtype = self.shape or row.shape, self.dtype or row.dtype
+        if (row.shape, row.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"expected {self.dtype} {self.shape}, got {row.dtype} {row.shape}")
+        self.file.write(np.ascontiguousarray(row).data)
+        self.rows += 1
+    def close(self) -> None:
+        "Write the header, and see that all is on the disk."
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, dict(descr=np.lib.format.dtype_to_descr(self.dtype),
+                                                          fortran_order=False, shape=(self.rows, *self.shape)))
+        assert len(header.getvalue()) == HEADER
+        self.file.seek(0)
+        self.file.write(header.getvalue())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+# %% ../nbs/00_files.ipynb #731bd7cb
+MANY = 2**28  # bytes; what is smaller is taken into the memory
+
+def cache_folder() -> Path:
+    "Where the library keeps what it can make again: a folder of the user's, or of the variable DLI_CACHE."
+    import platformdirs
+
+    return Path(os.environ.get("DLI_CACHE") or platformdirs.user_cache_path("dli"))
+
+def is_mapped(array: np.ndarray) -> bool:
+    "Whether an array lies in a file."
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
+
+def take(
+    array: np.ndarray,  # (N, ...)
+    idx,  # integers or booleans (M,), or a slice
+) -> np.ndarray:  # (M, ...), in one piece
+    "Some rows of an array."
+    rows = np.arange(len(array))[idx]
+    if not is_mapped(array) or rows.size * array[:1].nbytes < MANY:
+        return np.ascontiguousarray(array[idx])
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_folder()) as file:
+        taken = np.memmap(file, array.dtype, "w+", shape=(rows.size, *array.shape[1:]))
+    for place, row in enumerate(rows):
+        taken[place] = array[row]
+    return taken

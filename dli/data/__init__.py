@@ -4,7 +4,7 @@ from .._door import door
 __all__, __getattr__, __dir__ = door(__name__, {
     "samples": "FREE Samples dataset_table show_samples",
     "masks": "one_hot",
-    "splits": "split_samples",
+    "splits": "possible_folds split_samples",
     "magnetic": "MT_CLASSES DamagedDataset DownloadError fetch_magnetic_tiles find_magnetic_tiles magnetic_tiles "
                 "verify_magnetic_tiles",
     "synthetic": "synthetic_tiles",

@@ -9,12 +9,14 @@ __all__ = ['FREE', 'Samples', 'show_samples', 'dataset_table']
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import pandas as pd
+
+from ..files import take
 
 # %% ../../nbs/10_samples.ipynb #00-data-005
 TABLE_COLUMNS = ("name", "class", "tile", "exposure", "width", "height", "usable")
@@ -58,7 +60,6 @@ def is_whole(
     "Whether a value is a whole number; True and False are none."
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
-# %% ../../nbs/10_samples.ipynb #00-data-010
 def as_text(
     column: pd.Series,  # of a table
 ) -> pd.Series:  # the same values as text where they are whole numbers; all others as they are
@@ -69,7 +70,6 @@ def as_text(
     texts = [str(v) if is_whole(v) or isinstance(v, str) else v for v in values]
     return pd.Series(texts, dtype=object, name=column.name)
 
-# %% ../../nbs/10_samples.ipynb #00-data-165
 def same_name(
     name: str,  # of an image, or of a file
 ) -> str:
@@ -151,7 +151,6 @@ def as_sizes(
                          f"for {listed(names, wrong)}")
     return sizes.astype(int)
 
-# %% ../../nbs/10_samples.ipynb #00-data-209
 def has_special_type(
     dtype,  # of a column
 ) -> bool:
@@ -273,7 +272,6 @@ def as_ignore_index(
                          f"got {ignore_index}; masks are kept as bytes, so write 255 in them, and ignore_index=255")
     return int(ignore_index)
 
-# %% ../../nbs/10_samples.ipynb #d18ddef5
 def find_marked(
     masks: np.ndarray,  # whole numbers, of any shape
     ignore_index: int | None,
@@ -282,6 +280,18 @@ def find_marked(
     return np.zeros(masks.shape, bool) if ignore_index is None else masks == ignore_index
 
 # %% ../../nbs/10_samples.ipynb #00-data-182
+def strange_values(
+    mask: np.ndarray,  # numbers (H, W)
+    classes: tuple[str, ...],  # K names
+    ignore_index: int | None,  # of `as_ignore_index`
+) -> np.ndarray:  # sorted
+    "The values of a mask that are no class."
+    if mask.dtype == np.uint8 and mask.max(initial=0) <= len(classes):
+        return mask[:0, 0]
+    values = np.unique(mask)
+    return values[~np.isin(values, [*range(len(classes) + 1), len(classes) if ignore_index is None else ignore_index])]
+
+# %% ../../nbs/10_samples.ipynb #989bebe7
 def as_masks(
     masks,  # whole numbers (N, H, W), of any type; or a list of N masks
     names: pd.Series,  # of the images
@@ -299,15 +309,10 @@ def as_masks(
                          f"{masks.shape}{hint}")
     if masks.dtype.kind not in "buif":
         raise TypeError(f"masks: expected whole numbers, got {masks.dtype}")
-    flat = masks.reshape(len(masks), -1)
-    if ignore_index is not None:
-        flat = np.where(flat == ignore_index, 0, flat)
-    wrong = (flat.max(1) > len(classes)) | (flat.min(1) < 0)
-    if masks.dtype.kind == "f":
-        wrong |= (flat != np.rint(flat)).any(1)
+    wrong = np.array([len(strange_values(mask, classes, ignore_index)) > 0 for mask in masks])
     if wrong.any():
-        values = np.unique(flat[wrong.argmax()])
-        value = values[~np.isin(values, np.arange(len(classes) + 1))][0].item()
+        values = strange_values(masks[wrong.argmax()], classes, ignore_index)
+        value = values[0].item()
         raise ValueError(f"masks: expected values 0..{len(classes)}, got {value:.6g} in {listed(names, wrong)}; "
                          f"{value_advice(value, classes)}")
     return np.require(masks, np.uint8, "CW")
@@ -357,7 +362,7 @@ def check_known(
     "Raise a ValueError that names usable images without a pixel that counts."
     if ignore_index is None:
         return
-    wrong = (masks == ignore_index).all((1, 2)) & table["usable"].to_numpy()
+    wrong = np.array([(mask == ignore_index).all() for mask in masks]) & table["usable"].to_numpy()
     if wrong.any():
         raise ValueError(f"masks: expected a pixel that counts in each usable image, none in "
                          f"{listed(table['name'], wrong)}: all are {ignore_index} (ignore_index); set usable to False")
@@ -380,6 +385,32 @@ def check_samples(
     fields = dict(images=images, masks=masks, table=table, classes=classes, ignore_index=ignore_index)
     return fields, find_lost(table, masks, classes)
 
+# %% ../../nbs/10_samples.ipynb #68983b85
+def as_roi(
+    roi,  # (N, H, W), or (H, W) for all images: not zero where a defect may be injected; None: anywhere
+    names: pd.Series,  # of the images
+    shape: tuple[int, int, int],  # of the images: (N, H, W)
+) -> np.ndarray | None:  # bool (N, H, W)
+    "Where a defect may be injected. Raises ValueError."
+    if roi is None:
+        return None
+    if np.shape(roi) == tuple(shape[1:]):
+        roi = np.broadcast_to(np.asarray(roi), shape)
+    roi = as_array(roi, "roi", names)
+    if roi.shape != shape or roi.dtype.kind not in "bui":
+        raise ValueError(f"roi: expected booleans {shape} like the images, or {shape[1:]} for all of them, got "
+                         f"{roi.dtype} {roi.shape}")
+    return np.require(roi if roi.dtype == bool else roi != 0, requirements="CW")
+
+def as_levels(levels) -> tuple[float, float] | None:
+    "The levels of a photograph that became 0 and 255. Raises ValueError."
+    if levels is None:
+        return None
+    low, high = map(float, levels)
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"levels: expected the lowest and the highest level of the photographs, got {levels}")
+    return low, high
+
 # %% ../../nbs/10_samples.ipynb #428d0ef2
 def check_and_warn(
     samples: "Samples",  # being made
@@ -391,7 +422,8 @@ def check_and_warn(
         warnings.warn(f"masks: the defect of {lost.sum()} usable images is lost at this size: "
                       f"{listed(fields['table']['name'], lost)}. They validate and do not train; "
                       "choose a larger size to keep it", stacklevel=4)
-    return fields
+    shape = fields["images"].shape[:3]
+    return fields | dict(roi=as_roi(samples.roi, fields["table"]["name"], shape), levels=as_levels(samples.levels))
 
 # %% ../../nbs/10_samples.ipynb #00-data-011
 @dataclass(frozen=True, eq=False)
@@ -403,9 +435,26 @@ class Samples:
     classes: tuple[str, ...]  # the K defect classes, 1 to 255
     source: str  # where it comes from: "magnetic-tiles", "synthetic", ...
     ignore_index: int | None = None  # the masks' value for pixels that count for nothing, such as 255; None: none do
+    roi: np.ndarray | None = None  # bool (N, H, W): where a defect may be injected; None: anywhere
+    levels: tuple[float, float] | None = None  # of the photographs, that became 0 and 255; None: they had eight bits
 
     def __post_init__(self):
         vars(self).update(check_and_warn(self))
+    @classmethod
+    def from_arrays(
+        cls,
+        images,  # uint8 (N, H, W) or (N, H, W, 3), or a list of N images
+        masks,  # whole numbers (N, H, W): 0 background, k = classes[k - 1]; or a list of N masks
+        classes,  # the names of the K defect classes
+        names=None,  # of the images; None: 000000, 000001, ...
+        parts=None,  # the part that each image shows; None: each image shows a part of its own, which is warned of
+        ignore_index: int | None = None,  # the masks' value for pixels that count for nothing
+        roi=None,  # (N, H, W), or (H, W) for all: where a defect may be injected; None: anywhere
+    ) -> "Samples":
+        "Samples of arrays; the table is made of what the masks show. Raises TypeError or ValueError."
+        classes = as_classes(classes)
+        table = table_of(images, masks, classes, ignore_index, names, parts)
+        return cls(images, masks, table, classes, "arrays", ignore_index, roi)
     def __len__(self) -> int:
         return len(self.images)
     def __getitem__(self, idx) -> "Samples":
@@ -423,6 +472,29 @@ class Samples:
     def usable(self) -> np.ndarray:
         "bool (N,): true for images that take part. Checked again, because a table can be altered."
         return as_usable(self.table["usable"], self.table["name"]).to_numpy()
+
+# %% ../../nbs/10_samples.ipynb #f3d338f9
+def name_classes(
+    shown: np.ndarray,  # bool (N, K): which classes each mask shows
+    classes: Sequence[str],  # K names
+) -> list[str]:  # N
+    "The class of each image: of those that its mask shows, the one that the fewest images show."
+    rank = np.argsort(np.argsort(shown.sum(0), kind="stable"), kind="stable")
+    first = np.where(shown, rank, len(classes)).argmin(1)
+    return [classes[k] if some else FREE for k, some in zip(first, shown.any(1))]
+
+def table_of(images, masks, classes, ignore_index, names, parts) -> pd.DataFrame:
+    "The table of `Samples.from_arrays`."
+    count = len(images) if hasattr(images, "__len__") else 0
+    names = pd.Series([f"{i:06d}" for i in range(count)] if names is None else list(names), name="name")
+    if parts is None:
+        warnings.warn("each image is taken for a part of its own: two images of one part may stand on both sides of a "
+                      "split, and scores then promise too much; say what the parts are (parts)", stacklevel=3)
+    images = as_images(images, names)
+    masks = as_masks(masks, names, images.shape[:3], classes, as_ignore_index(ignore_index, classes))
+    return pd.DataFrame({"name": names, "class": name_classes(find_shown(masks, classes), classes),
+                         "tile": names if parts is None else list(parts), "exposure": 0, "width": masks.shape[2],
+                         "height": masks.shape[1], "usable": True})
 
 # %% ../../nbs/10_samples.ipynb #ec707cf5
 def unchecked(
@@ -445,10 +517,11 @@ def select(
         idx = idx if idx.size else idx.astype(int)
         if idx.ndim > 1:
             raise IndexError(f"expected one number per image, got an array {idx.shape}")
-    images, masks = (np.ascontiguousarray(a[idx]) for a in (samples.images, samples.masks))
+    images, masks = (take(a, idx) for a in (samples.images, samples.masks))
+    roi = None if samples.roi is None else take(samples.roi, idx)
     table = samples.table.iloc[idx].reset_index(drop=True)
     return unchecked(samples.source, images=images, masks=masks, table=table, classes=samples.classes,
-                     ignore_index=samples.ignore_index)
+                     ignore_index=samples.ignore_index, roi=roi, levels=samples.levels)
 
 # %% ../../nbs/10_samples.ipynb #00-data-018
 def show_samples(
