@@ -251,11 +251,33 @@ def check_network(
     if not numbers or len(decoder_channels) not in (2, 3):
         raise ValueError(f"decoder_channels: expected three numbers, or two, got {decoder_channels!r}")
 
+# %% ../../nbs/32_models.ipynb #5f7a0c32
+def start_from(
+    model: nn.Module,  # an smp.Unet of three channels; altered
+    tensors: dict[str, torch.Tensor],  # of an encoder, or of a network that `lightweight_unet` built
+    removed: tuple[str, ...],  # modules of the encoder whose tensors are passed over
+    source: str,  # where the tensors come from, for the error
+) -> None:
+    """Load an encoder. Of a network's tensors also the decoder and the head, where all of these fit.
+
+    The stem of a grey network becomes one of three channels that sees equal channels as it saw one. Raises ValueError
+    where the encoder does not fit."""
+    encoder = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
+    if not encoder:
+        return load_encoder(model.encoder, tensors, removed, source)
+    own = model.encoder.state_dict()
+    shares = torch.tensor([0.25, 0.5, 0.25]).view(1, 3, 1, 1)  # powers of two sum up exactly
+    grey = [k for k, v in encoder.items() if v.ndim == 4 and v.shape[1] == 1 and k in own and own[k].shape[1] == 3]
+    load_encoder(model.encoder, encoder | {k: encoder[k] * shares for k in grey}, removed, source)
+    rest = {k: v for k, v in tensors.items() if not k.startswith("encoder.")}
+    if not misfits({k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}, rest):
+        model.load_state_dict(model.state_dict() | rest)
+
 # %% ../../nbs/32_models.ipynb #04-models-044
 def lightweight_unet(
     encoder: str = "resnet18",  # a key of `ENCODERS`
     classes: int = 5,  # K defect classes: output channels
-    weights: str | Path | None = "imagenet",  # "imagenet", None (random), or the path of an encoder's state dictionary
+    weights: str | Path | None = "imagenet",  # "imagenet", None (random), or the path of an encoder or a model file
     channels: int = 3,  # of the input: 3, or 1 for grey images
     decoder_channels: tuple[int, ...] = (128, 64, 32),  # at strides 4, 2 and 1; two: `end_at_half_size`
 ) -> nn.Module:  # an smp.Unet: (B, channels, H, W) -> logits (B, classes, H, W)
@@ -273,7 +295,7 @@ def lightweight_unet(
     if len(decoder_channels) == 2:
         end_at_half_size(model)
     if weights is not None:
-        load_encoder(model.encoder, find_weights(encoder, weights), entry.removed, f"{weights}, for {encoder},")
+        start_from(model, find_weights(encoder, weights), entry.removed, f"{weights}, for {encoder},")
     if channels == 1:
         make_grey(model.encoder)
     return model
