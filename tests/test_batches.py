@@ -98,7 +98,9 @@ def test_a_data_set_is_a_row_of_one_table(own):
 def test_images_are_normalised_by_their_data_set(own):
     images = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
     assert normalise(images, own).unique().item() == 1.5
-    assert torch.equal(normalise(images), (images.float() / 255 - 0.4319) / 0.1196)
+    assert torch.equal(normalise(images, DATASETS["magnetic-tiles"]), (images.float() / 255 - 0.4319) / 0.1196)
+    with pytest.raises(ValueError, match="measured on the images that train"):
+        normalise(images, replace(own, mean=None, deviation=None))
 
 
 def test_mean_and_deviation_of_the_data_set_reach_training_and_evaluation(own, monkeypatch):

@@ -23,7 +23,7 @@ from dli.study.matrix import main
 @pytest.mark.parametrize("wrong,message", [
     (dict(method="dly"), "choose one of baseline, focal"),
     (dict(preset="fast"), "choose one of smoke, quick, study, paper"),
-    (dict(split="tiles"), "choose one of tile, image"),
+    (dict(split="tiles"), "choose one of None, tile, image"),
     (dict(dataset="mvtec"), "magnetic-tiles"),
     (dict(fraction=0), "expected a number"),
     (dict(fraction=1.5), "expected a number"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 import dli
 from dli.data import Samples, dataset_table, one_hot, show_samples
-from dli.experiment import RunConfig, evaluate, fit, plot_predictions, predict, predict_samples
+from dli.experiment import DATASETS, RunConfig, evaluate, fit, plot_predictions, predict, predict_samples
 from dli.experiment.loader import batches, run_injection
 from dli.experiment.evaluation import with_patches
 from dli.experiment.steps import run_loss
@@ -34,7 +34,7 @@ ERRORS = {"BadPredictions", "DamagedDataset", "DownloadError", "WeightsUnavailab
 OF_SQUARE_TILES = {"fetch_magnetic_tiles", "find_magnetic_tiles", "fold_table", "load_dataset", "magnetic_tiles",
                    "read_folds", "synthetic_tiles", "verify_magnetic_tiles"}
 OF_RUNS = {"load_model", "load_runs", "notebook_config", "publish", "resolve", "run", "run_folder", "run_key",
-           "run_name", "run_samples"}
+           "run_name", "run_samples", "runs_in", "find_dataset"}
 OF_FOLDERS = {"DataFile", "FolderCheck", "LAYOUTS", "check_folder", "read_data_file", "read_folder"}  # test_folders.py
 NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS | OF_FOLDERS
 
@@ -144,7 +144,9 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
     save_weights(model, tmp_path / "network.safetensors")
     again = dli.lightweight_unet("efficientnet_lite0", classes=k, channels=shape[2], weights=None)
     again = faster(load_weights(again, tmp_path / "network.safetensors"), "cpu")
-    torch.testing.assert_close(predict(again, images[:4]), predict(model, images[:4]), rtol=1e-3, atol=1e-3)
+    levels = dli.experiment.find_dataset("synthetic")
+    torch.testing.assert_close(predict(again, images[:4], levels), predict(model, images[:4], levels), rtol=1e-3,
+                               atol=1e-3)
     perfect = torch.stack([masks == i + 1 for i in range(k)], 1) * 40.0 - 20
     counts = dli.counts_table(samples.table, dli.count_batch(perfect, masks), classes)
     assert dli.scores(counts, classes)["iou_macro"] == 1
@@ -156,8 +158,8 @@ def test_networks_losses_and_scores(shape, classes, tmp_path):
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     assert dli.score(tmp_path, samples=samples)["iou_macro"] == 1
     assert len(score_counts(tmp_path, samples=samples)) == len(samples)
-    found, packed = predict_samples(model, samples)
-    assert found.equals(evaluate(model, samples))
+    found, packed = predict_samples(model, samples, levels)
+    assert found.equals(evaluate(model, samples, levels))
     regions = np.unpackbits(packed, axis=-1)
     predicted = found.filter(like="tp_").to_numpy() + found.filter(like="fp_").to_numpy()
     assert (regions[..., :shape[1]].sum((2, 3)) == predicted).all()
@@ -239,10 +241,11 @@ def test_ignored_pixels_in_networks_losses_and_scores(shape, classes, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["baseline", "wce", "dli"])
-def test_a_run_on_samples_with_ignored_pixels(method):
+def test_a_run_on_samples_with_ignored_pixels(method, monkeypatch):
     "Counts, regions and patches leave out what the samples mark; the checkpoint knows the mark, the row is as ever."
     samples, _ = marked_parts((32, 48, 1), ("pitting", "scratch"))
-    config = RunConfig(method=method, preset="smoke", weights=None, dataset="synthetic", steps=2, evaluations=1)
+    monkeypatch.setitem(DATASETS, "own", DATASETS["synthetic"])
+    config = RunConfig(method=method, preset="smoke", weights=None, dataset="own", steps=2, evaluations=1)
     train, val = dli.split_samples(samples, fold=1)
     images, masks = next(batches(config, train, run_injection(config, train), torch.device("cpu")))
     assert images.shape == (8, 1, 32, 48) and masks.shape == (8, 32, 48)
@@ -256,7 +259,7 @@ def test_a_run_on_samples_with_ignored_pixels(method):
     assert (regions.sum((2, 3)) == predicted).all()
     assert "own, 255 ignored" == done.source
     assert make_row(done, train, val)["source"] == "own"
-    patched = with_patches(train, val, 0, 1.0)
+    patched = with_patches(train, val, 0, 1.0, DATASETS["own"])
     assert np.array_equal(patched.masks, val.masks[val.clean]) and patched.ignore_index == 255
     figure = plot_predictions(val, done.counts, done.regions)
     figure.canvas.draw()

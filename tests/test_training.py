@@ -245,7 +245,7 @@ def test_the_captured_step_is_the_usual_one(dtype, monkeypatch):
     counted = counts()
     step = None
     for images, masks in itertools.islice(batches(c, train, None, torch.device("cpu")), 3):
-        expected = train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype))
+        expected = train_step(usual, loss, adam[0], images, masks, getattr(torch, dtype), MAGNETIC_TILES)
         body = GraphBody(model, loss, adam[1], getattr(torch, dtype), (images, masks), MAGNETIC_TILES)
         step = step or GraphStep(body)
         step(images, masks, 0.1)
@@ -551,5 +551,5 @@ def test_seam_probes_vary_as_the_data_set_says(monkeypatch):
         return DonorPool(samples, transforms, **choices)
 
     monkeypatch.setattr("dli.experiment.evaluation.DonorPool", watched)
-    with_patches(train, val, 0, 0.0)
+    with_patches(train, val, 0, 0.0, MAGNETIC_TILES)
     assert given == [MAGNETIC_TILES.transforms], "rows of the study were probed so"

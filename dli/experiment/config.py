@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ..data.splits import SPLITS
-from .datasets import DATASETS, data_fingerprint, resolve_dataset
+from .datasets import (DATASETS, as_size, data_fingerprint, file_choices, is_data_file,
+                                     resolve_dataset)
 from ..method.blending import BLENDS
 from ..method.donors import default_margin
 from ..method.injection import CHOICES, DynamicLabelInjection
@@ -145,10 +146,10 @@ class DataFields:
     encoder: str = "efficientnet_lite0"  # a key of `ENCODERS`
     weights: str | None = "imagenet"  # "imagenet", a file of encoder weights, or None (random)
     weights_hash: str | None = None  # SHA-256 of that file; None: no file, or not computed yet (see `resolve`)
-    dataset: str = "auto"  # a key of `DATASETS`, or "auto": the Magnetic Tiles, else synthetic tiles
+    dataset: str = "auto"  # a key of `DATASETS`; "auto": the Magnetic Tiles, else synthetic ones; or a data file's path
     data: str | None = None  # fingerprint of the data; None: not computed yet (see `resolve`)
-    split: str = "tile"  # "tile", or "image" (the paper's random split)
-    fold: int = 0  # 0..4: which fifth of the tiles is validated
+    split: str | None = None  # one of `SPLITS`; None: "given" where a data file has a column `split`, else "tile"
+    fold: int = 0  # 0..4: which fifth of the tiles is validated; some data files allow fewer folds
     partition: int = 0  # 0, 1, ...: which way of dealing the tiles into folds
     seed: int | None = None  # of the training; None: 5 * partition + fold
     fraction: float = 1.0  # share of the training part, in (0, 1]
@@ -161,7 +162,7 @@ class BudgetFields(DataFields):
     "How long and how fast is trained."
     preset: str = "quick"  # a key of `PRESETS`
     steps: int | None = None  # optimiser steps; None, here and below: the preset's
-    image_size: int | None = None  # pixels a side, a multiple of 8
+    image_size: int | tuple[int, int] | None = None  # pixels a side, multiples of 8; for a data file (height, width)
     batch_size: int | None = None  # images a step
     lr: float | None = None  # Adam's peak rate
     warmup: float | None = None  # share of the steps over which the rate rises, 0..1
@@ -178,12 +179,14 @@ class RunConfig(BudgetFields):
     loss: str | None = None  # a name `make_loss` knows; None: the method's
     draw: str | None = None  # one of `DRAWS`; None: the method's
     p_poisson: float | None = None  # share of injections blended by Poisson; None, here and below: the method's
-    fill: str | None = None  # "uniform" or "all" (see `DynamicLabelInjection`)
+    fill: str | float | None = None  # "uniform", "all", or the share of images that shall show a defect
     choose: str | None = None  # "rarest" or "random" (see `DynamicLabelInjection`)
     mix_gradients: bool | None = None  # Poisson takes the stronger gradient of target and donor
     region: str | None = None  # "exact" or "image": where Poisson solves
     grow_label: bool | None = None  # the label grows with Poisson's margin
-    margin: int | None = None  # pixels by which Poisson's region exceeds the mask; None: `default_margin`
+    margin: int | str | None = None  # pixels by which Poisson's region exceeds the mask, or "defect"; None: default
+    components: bool = False  # a donor for each connected part of a mask, not for each image and class
+    min_contrast: float = 0.0  # a blend that shows on a smaller share of its label's pixels is cut-pasted instead
     threshold: int | None = None  # mask pixels are positive above this grey level; None: the method's
     dice: str | None = None  # "image" or "batch"; None: the method's
     out: str = "runs"  # folder of run folders; relative: below the project (or the current folder)
@@ -197,26 +200,40 @@ class RunConfig(BudgetFields):
 DRAWS = ("shuffled", "balanced", "share")  # how the images of a batch are drawn, see `draw_weights`
 DTYPES = ("auto", "bfloat16", "float32")
 SELECT = ("last", "best")
+DEFECT_MARGIN = "defect"  # a margin that follows each defect's size
 DICE = ("image", "batch")
+
+
+def names_own_data(
+    given: dict,  # the fields of a configuration
+) -> bool:
+    "Whether they are of photographs of one's own: by the path of a data file, or by a row's name and fingerprint."
+    name = given["dataset"]
+    is_text = isinstance(name, (str, os.PathLike)) and name not in ("auto", *DATASETS)
+    return is_text and (given["data"] is not None or is_data_file(name))
 
 
 def check_names(
     given: dict,  # the fields of a configuration
 ) -> None:
     "Raise ValueError, naming the choices, for a name that is not known."
-    datasets = ("auto", *DATASETS)
-    known = dict(method=METHODS, encoder=ENCODERS, preset=PRESETS, dataset=datasets, split=SPLITS, select=SELECT)
+    known = dict(method=METHODS, encoder=ENCODERS, preset=PRESETS, select=SELECT)
+    if not names_own_data(given):
+        known["dataset"] = ("auto", *DATASETS, "the path of a data file")
     for name, choices in known.items():
         known_name(name, given[name], choices)
-    optional = CHOICES | dict(dtype=DTYPES, dice=DICE)
+    optional = CHOICES | dict(margin=(DEFECT_MARGIN,), split=SPLITS, dtype=DTYPES, dice=DICE)
     for name, choices in optional.items():
-        known_name(name, given[name], (None, *choices))
+        if name not in (*WHOLE, *NUMBERS) or isinstance(given[name], str):
+            known_name(name, given[name], (None, *choices))
 
 # %% ../../nbs/51_config.ipynb #06-training-016
 FIELDS = {f.name for f in fields(RunConfig)}
 TRANSFORM = {name: parameter.default for name, parameter in inspect.signature(DynamicLabelInjection).parameters.items()
              if parameter.default is not parameter.empty}  # arguments of the injection, and their defaults
 INJECTION = {name: default for name, default in TRANSFORM.items() if name in FIELDS}  # those that a run can choose
+DEFAULTS = {f.name: f.default for f in fields(RunConfig)}
+INJECTED = (*INJECTION, *(name for name in ("margin", "components", "min_contrast") if name not in INJECTION))
 
 
 def check_method(
@@ -227,11 +244,11 @@ def check_method(
     fixed = dict(loss=method.loss, draw=method.draw) | (method.inject or {})
     fixed |= {name: value for name, value in dict(threshold=method.threshold, dice=method.dice).items()
               if value != getattr(Method(), name)}
-    for name in ("loss", "draw", "threshold", "dice", "margin", *INJECTION):
+    for name in ("loss", "draw", "threshold", "dice", *INJECTED):
         value = given[name]
-        if value is None:
+        if value is None or value == DEFAULTS[name]:
             continue
-        if (name == "margin" or name in INJECTION) and method.inject is None:
+        if name in INJECTED and method.inject is None:
             raise ValueError(f"{name}={value!r}: method {given['method']!r} injects nothing, so leave it out")
         if fixed.get(name, value) != value:
             raise ValueError(f"{name}={value!r}: method {given['method']!r} means {name}={fixed[name]!r}; "
@@ -249,6 +266,17 @@ def check_row(
         known_name(f"method {name!r}: {what}", value, choices)
 
 # %% ../../nbs/51_config.ipynb #06-training-017
+def own_defaults(
+    found: dict,  # what fields stand for where a table knows the data
+    method: Method,
+) -> dict:
+    "The same where a data file knows them: it says size and split, its classes say what to fill, see `resolve`."
+    left = {name: value for name, value in found.items() if name not in ("image_size", "split")}
+    if method.inject is None:
+        return left
+    return left | dict(fill=method.inject.get("fill"), margin=DEFECT_MARGIN)
+
+
 def default_fields(
     given: dict,  # the fields of a configuration, their names checked
 ) -> dict:
@@ -260,14 +288,32 @@ def default_fields(
         size = preset.image_size if given["image_size"] is None else given["image_size"]
         injected = INJECTION | method.inject | dict(margin=default_margin((size, size)))
     seed = 5 * given["partition"] + given["fold"]
-    return asdict(preset) | injected | dict(seed=seed, loss=method.loss, draw=method.draw,
-                                            threshold=method.threshold, dice=method.dice)
+    found = asdict(preset) | injected | dict(split="tile", seed=seed, loss=method.loss, draw=method.draw,
+                                             threshold=method.threshold, dice=method.dice)
+    return own_defaults(found, method) if names_own_data(given) else found
 
 # %% ../../nbs/51_config.ipynb #06-training-018
-WHOLE = dict(fold=(0, 4), partition=(0, 10**4), seed=(0, 10**6), steps=(1, 10**7), image_size=(16, 4096),
-             batch_size=(2, 4096), evaluations=(1, 20), margin=(0, 4096), threshold=(0, 254))
-NUMBERS = dict(fraction=(1e-6, 1), lr=(1e-8, 1), warmup=(0, 1), beta2=(0, 1), p_poisson=(0, 1))
-FLAGS = ("clean_validation", "keep_empty", "mix_gradients", "grow_label")
+SIDE = (16, 4096)  # of images, pixels
+WHOLE = dict(fold=(0, 4), partition=(0, 10**4), seed=(0, 10**6), steps=(1, 10**7), batch_size=(2, 4096),
+             evaluations=(1, 20), margin=(0, 4096), threshold=(0, 254))
+NUMBERS = dict(fraction=(1e-6, 1), lr=(1e-8, 1), warmup=(0, 1), beta2=(0, 1), p_poisson=(0, 1), fill=(0.001, 0.999),
+               min_contrast=(0, 1))
+FLAGS = ("clean_validation", "keep_empty", "mix_gradients", "grow_label", "components")
+
+
+def plain_size(
+    size,  # expected: a whole number, or two of them
+    own: bool,  # the photographs are one's own
+) -> int | tuple[int, int]:  # one number where both sides are equal
+    "A size of images in one spelling. Raises ValueError."
+    pair = [whole_number("image_size", side, *SIDE) for side in (as_size(size) if isinstance(size, (list, tuple))
+                                                                  else (size, size))]
+    if len(pair) != 2 or (pair[0] != pair[1] and not own):
+        raise ValueError(f"image_size={size!r}: expected one number" + (", or height and width" if own else
+                         ": height and width are for a data file"))
+    if any(side % 8 for side in pair):
+        raise ValueError(f"image_size={size!r}: expected a multiple of 8 (the encoder halves it three times)")
+    return pair[0] if pair[0] == pair[1] else tuple(pair)
 
 
 def plain_fields(
@@ -275,15 +321,19 @@ def plain_fields(
 ) -> dict:
     "The same values in one spelling: 6 for 6.0, text for a path. None stays None. Raises ValueError."
     plain = dict(given)
+    words = {name for name in ("fill", "margin") if isinstance(given[name], str)}
     for name, limits in WHOLE.items():
-        if given[name] is not None:
+        if given[name] is not None and name not in words:
             plain[name] = whole_number(name, given[name], *limits)
     for name, limits in NUMBERS.items():
-        if given[name] is not None:
+        if given[name] is not None and name not in words:
             plain[name] = finite_number(name, given[name], *limits)
     for name in FLAGS:
         if given[name] is not None:
             plain[name] = true_or_false(name, given[name])
+    if given["image_size"] is not None:
+        plain["image_size"] = plain_size(given["image_size"], names_own_data(given))
+    plain["dataset"] = path_text("dataset", given["dataset"])
     if given["weights"] not in (None, "imagenet"):
         plain["weights"] = path_text("weights", given["weights"])
     if given["decoder"] is not None:
@@ -301,11 +351,7 @@ def complete_fields(
     given = plain_fields(given)
     check_method(given)
     defaults = default_fields(given)
-    given = plain_fields({name: defaults.get(name) if value is None else value for name, value in given.items()})
-    if given["image_size"] % 8:
-        raise ValueError(f"image_size={given['image_size']}: expected a multiple of 8 "
-                         "(the encoder halves it three times)")
-    return given
+    return plain_fields({name: defaults.get(name) if value is None else value for name, value in given.items()})
 
 # %% ../../nbs/51_config.ipynb #06-training-023a
 def file_hash(
@@ -327,25 +373,38 @@ def check_same(
         raise ValueError(f"{name}={expected!r} in the config, {found!r} here: it was made for another {name}. "
                          f"Leave {name} out to use what is here")
 
+# %% ../../nbs/51_config.ipynb #95c19613
+def with_file_choices(
+    config: RunConfig,  # its data set is known
+) -> RunConfig:
+    "Fill in what a data file says; nothing changes where a table knows the data."
+    left = [name for name in ("image_size", "split", "fill") if getattr(config, name) is None]
+    if METHODS[config.method].inject is None and "fill" in left:
+        left.remove("fill")
+    if config.dataset in DATASETS or not left:
+        return config
+    said = file_choices(config.dataset, config.image_size)
+    return replace(config, **{name: said[name] for name in left})
+
 # %% ../../nbs/51_config.ipynb #e41f6d68
 def resolve(
     config: RunConfig,
     device: str | torch.device | None = None,  # where the run will be trained; None: the GPU where there is one
 ) -> RunConfig:
-    """Fill in what only this machine knows: the data set and number format that "auto" means, and two hashes.
+    """Fill in what only this machine knows: what "auto" means, what a data file says, and two hashes.
 
     Raises ValueError where the configuration was made for other data or another weights file."""
     from dli.network.speed import chosen_device, network_dtype
 
-    dataset = resolve_dataset(config.dataset)
+    config = with_file_choices(replace(config, dataset=resolve_dataset(config.dataset)))
     dtype = config.dtype
     if dtype == "auto":
         dtype = str(network_dtype(chosen_device(device))).removeprefix("torch.")
-    data = data_fingerprint(dataset)
+    data = data_fingerprint(config.dataset, config.image_size)
     weights_hash = None if config.weights in (None, "imagenet") else file_hash(config.weights)
     check_same("data", config.data, data)
     check_same("weights_hash", config.weights_hash, weights_hash)
-    return replace(config, dataset=dataset, dtype=dtype, data=data, weights_hash=weights_hash)
+    return replace(config, dtype=dtype, data=data, weights_hash=weights_hash)
 
 # %% ../../nbs/51_config.ipynb #06-training-024
 RECIPE = 4  # raised whenever a result could change; rows of different recipes are never mixed
@@ -359,16 +418,32 @@ KEY_DEFAULTS = dict(
     dice="image")
 
 
+def is_settled(
+    config: RunConfig,
+) -> bool:
+    "Whether nothing is left to look up. Only where the data are one's own, which may lie elsewhere by now."
+    asked = config.data, config.image_size, config.split, None if config.dtype == "auto" else config.dtype
+    return config.dataset not in ("auto", *DATASETS) and None not in asked
+
+
+def key_dataset(
+    config: RunConfig,  # resolved
+) -> str:
+    "What stands for the data set in a key: a name of the table, never a path. `data` says which photographs they are."
+    return config.dataset if config.dataset in DATASETS else "folder"
+
+
 def run_content(
     config: RunConfig,
 ) -> dict:
     "What could change the result, as far as it differs from `KEY_DEFAULTS` (what came later: from its own default)."
-    config = resolve(config)
+    config = config if is_settled(config) else resolve(config)
     fixed = {name: default for name, default in TRANSFORM.items() if name not in FIELDS}  # by a method's row alone
     usual = fixed | {f.name: f.default for f in fields(config)} | KEY_DEFAULTS
     injected = METHODS[config.method].inject or {}
     values = {name: injected.get(name, default) for name, default in fixed.items()}
     values |= {f.name: getattr(config, f.name) for f in fields(config) if f.name != "out"}
+    values["dataset"] = key_dataset(config)
     return dict(recipe=RECIPE) | {name: value for name, value in values.items() if value != usual[name]}
 
 # %% ../../nbs/51_config.ipynb #1818b7c3

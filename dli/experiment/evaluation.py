@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.samples import Samples, find_marked, find_shown
 from .loader import as_batch, chance, normalise
-from .datasets import MAGNETIC_TILES, Dataset
+from .datasets import Dataset
 from ..method.donors import DonorPool
 from ..method.injection import DynamicLabelInjection
 from ..pictures import PLAIN_TEXT, draw_regions, drawable, legend_name, plot_curve
@@ -28,8 +28,8 @@ from ..scoring.metrics import count_batch, counts_table, median_images, scores
 def predict(
     model: nn.Module,  # from normalised images to logits (B, K, H, W)
     images: torch.Tensor,  # uint8 (B, C, H, W), on the model's device
+    dataset: Dataset,  # whose grey levels the images have, see `find_dataset`
     dtype: torch.dtype = torch.float32,  # the format the network computes in
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
 ) -> torch.Tensor:  # float32 logits (B, K, H, W)
     "Logits of a batch of grey-level images."
     model.eval()
@@ -38,31 +38,33 @@ def predict(
 
 # %% ../../nbs/54_evaluation.ipynb #1e2e3d97
 AT_ONCE = 32  # images
+LARGE = 256 * 256  # pixels: of larger images fewer are predicted at once
 
 
 def predicted_batches(
     model: nn.Module,
     samples: Samples,
-    dtype: torch.dtype,
     dataset: Dataset,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:  # which images, their logits and their masks
     "The predictions of all samples, a batch at a time."
     device = next(model.parameters()).device
-    for start in range(0, len(samples), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
+    count = max(min(AT_ONCE, AT_ONCE * LARGE // samples.masks[0].size), 1)
+    for start in range(0, len(samples), count):
+        rows = slice(start, start + count)
         images, masks = as_batch(samples, rows, device)
-        yield rows, predict(model, images, dtype, dataset), masks
+        yield rows, predict(model, images, dataset, dtype), masks
 
 # %% ../../nbs/54_evaluation.ipynb #c365d7c4
 def evaluate(
     model: nn.Module,  # from normalised images to logits (B, K, H, W)
     samples: Samples,  # what to score
+    dataset: Dataset,  # whose grey levels the images have, see `find_dataset`
     dtype: torch.dtype = torch.float32,  # the format the network computes in
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
 ) -> pd.DataFrame:  # of `counts_table`: a row per image; tp, fp, fn and largest probability per class
     "Counts per image and class of the model's predictions at probability 0.5."
     tables = []
-    for rows, logits, masks in predicted_batches(model, samples, dtype, dataset):
+    for rows, logits, masks in predicted_batches(model, samples, dataset, dtype):
         counts = count_batch(logits, masks, samples.ignore_index)
         tables.append(counts_table(samples.table.iloc[rows], counts, samples.classes))
     return pd.concat(tables, ignore_index=True)
@@ -87,12 +89,12 @@ def unpack_regions(
 def predict_samples(
     model: nn.Module,  # from normalised images to logits (B, K, H, W)
     samples: Samples,  # what to score
+    dataset: Dataset,  # whose grey levels the images have, see `find_dataset`
     dtype: torch.dtype = torch.float32,  # the format the network computes in
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
 ) -> tuple[pd.DataFrame, np.ndarray]:  # counts as of `evaluate`; regions uint8 (N, K, H, W / 8), eight pixels a byte
     "Counts and regions of the model's predictions at probability 0.5; `np.unpackbits(regions, axis=-1)` unpacks them."
     tables, regions = [], []
-    for rows, logits, masks in predicted_batches(model, samples, dtype, dataset):
+    for rows, logits, masks in predicted_batches(model, samples, dataset, dtype):
         counts = count_batch(logits, masks, samples.ignore_index)
         tables.append(counts_table(samples.table.iloc[rows], counts, samples.classes))
         regions.append(pack_regions(logits, ~find_marked(samples.masks[rows], samples.ignore_index)))
@@ -174,7 +176,7 @@ def with_patches(
     val: Samples,  # the validation part
     seed: int,  # of the run
     p_poisson: float,  # 0: patches are cut and pasted; 1: blended by Poisson
-    dataset: Dataset = MAGNETIC_TILES,  # says how donors of each class may vary
+    dataset: Dataset,  # says how donors of each class may vary
 ) -> Samples:
     "The clean validation images, a clean patch of the training part injected into each."
     clean = val[val.clean]
@@ -191,8 +193,8 @@ def alarms_at_seams(
     train: Samples,  # the training part
     val: Samples,  # the validation part
     seed: int,  # of the run
+    dataset: Dataset,  # whose grey levels the images have
     dtype: torch.dtype = torch.float32,  # the format the network computes in
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
 ) -> dict[str, float | None]:  # None without clean images
     "Share of the clean validation images with an alarm once a clean patch is cut-pasted, or blended, into each."
     possible = val.clean.any() and train.clean.any() and len(clean_patches(train, seed))
@@ -200,6 +202,6 @@ def alarms_at_seams(
     for blend, p_poisson in (("cutpaste", 0.0), ("poisson", 1.0)):
         alarms[f"seam_alarm_{blend}"] = None
         if possible:
-            counts = evaluate(model, with_patches(train, val, seed, p_poisson, dataset), dtype, dataset)
+            counts = evaluate(model, with_patches(train, val, seed, p_poisson, dataset), dataset, dtype)
             alarms[f"seam_alarm_{blend}"] = scores(counts, val.classes)["clean_alarm"]
     return alarms

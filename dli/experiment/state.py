@@ -10,6 +10,7 @@ import itertools
 import json
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +25,9 @@ from tqdm.auto import tqdm
 
 from ..data.samples import Samples
 from .loader import batches, run_injection
-from .config import RECIPE, RunConfig, evaluation_steps, learning_rate, resolve, run_name
-from .datasets import DATASETS, Dataset
+from .config import (RECIPE, RunConfig, evaluation_steps, key_dataset, learning_rate, resolve,
+                                    run_name)
+from .datasets import DATASETS, Dataset, find_dataset
 from .evaluation import predict_samples
 from .steps import GraphBody, GraphStep, run_loss, run_model, torch_dtype, train_step
 from .store import versions, write_curve
@@ -48,6 +50,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     inject: DynamicLabelInjection | None  # with its statistics
     dtype: torch.dtype  # the network computes in it
+    dataset: Dataset  # with the grey levels of the run
     source: str  # of the samples: a run continues with those it began with
     step: int = 0  # optimiser steps taken
     losses: list[float] = field(default_factory=list)  # of the steps since the last evaluation
@@ -58,11 +61,6 @@ class TrainingState:
     seconds: dict[str, float] = field(default_factory=no_seconds)  # spent so far
     saves: int = 0  # checkpoints written
     graph: GraphStep | None = None  # the recorded step, on a GPU
-
-    @property
-    def dataset(self) -> Dataset:
-        "The data set of the run."
-        return DATASETS[self.config.dataset]
 
 # %% ../../nbs/56_state.ipynb #b636085e
 def origin_of(
@@ -85,7 +83,29 @@ def begin(
     rate = torch.tensor(config.lr, device=device) if on_cuda else config.lr
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, config.beta2), fused=True,
                                  capturable=on_cuda)
-    return TrainingState(config, model, optimizer, run_injection(config, train), torch_dtype(config), origin_of(train))
+    dataset = find_dataset(config.dataset, config.image_size, train)
+    return TrainingState(config, model, optimizer, run_injection(config, train), torch_dtype(config), dataset,
+                         origin_of(train))
+
+# %% ../../nbs/56_state.ipynb #a2b98b3c
+OURS = ("magnetic-tiles", "synthetic")  # rows of `DATASETS` whose samples bear their name
+
+
+def check_samples(
+    config: RunConfig,  # resolved
+    train: Samples,
+    val: Samples,
+) -> None:
+    "Raise ValueError where samples are of other data than the configuration, or nothing in them can be learnt."
+    own = config.dataset not in DATASETS
+    expected = f"folder {config.data}" if own else config.dataset
+    for part, samples in dict(training=train, validation=val).items():
+        if samples.source != expected and (own or config.dataset in OURS):
+            raise ValueError(f"the {part} samples are of {samples.source!r}, the config is of {expected!r}: take them "
+                             "from run_samples(config), or pass a config whose dataset is a data file of these "
+                             "photographs, or a row of DATASETS")
+    if train.clean.all():
+        raise ValueError(f"none of the {len(train)} training images shows a defect: there is nothing to learn")
 
 # %% ../../nbs/56_state.ipynb #06-training-087
 @contextmanager
@@ -149,7 +169,7 @@ def predict_validation(
     val: Samples,  # the validation part
 ) -> None:
     "Predict the validation images with the network as it is."
-    state.counts, state.regions = predict_samples(state.model, val, state.dtype, state.dataset)
+    state.counts, state.regions = predict_samples(state.model, val, state.dataset, state.dtype)
 
 
 def score_validation(
@@ -213,6 +233,7 @@ def made_by(
 ) -> dict:
     "What a checkpoint must agree with to be continued: configuration, recipe, versions, and where samples are from."
     config = {name: value for name, value in asdict(state.config).items() if name != "out"}
+    config["dataset"] = key_dataset(state.config)  # the folder may have moved
     return json.loads(json.dumps(config | versions() | dict(recipe=RECIPE, source=state.source)))
 
 
@@ -338,6 +359,21 @@ def save_state(
         save_checkpoint(state, folder)
 
 
+TIMED_STEPS = 20  # after so many a run says how long it will take
+
+
+def say_time(
+    bar: tqdm,
+    taken: int,  # steps since it began
+) -> None:
+    "Say how long the run will take, once its first steps have been timed."
+    if bar.disable or taken != TIMED_STEPS or bar.n >= bar.total:
+        return
+    minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / taken / 60
+    bar.write(f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute" if minutes > 0.5 else
+              "less than a minute")
+
+
 def show_progress(
     bar: tqdm,
     state: TrainingState,
@@ -357,15 +393,17 @@ def take_steps(
     val: Samples,
     folder: Path | None,  # where checkpoints and the curve are kept; None: nowhere
     bar: tqdm,
+    log: Callable[[dict], None] | None = None,  # is called with each new line of the curve
 ) -> None:
     "Take all steps that are left."
     loss, stops = run_loss(state.config, train), evaluation_steps(state.config)
-    saved = time.perf_counter()
+    first, saved = state.step, time.perf_counter()
     zero = saved - state.seconds["total"]
     to_come = batches(state.config, train, state.inject, torch.device("cpu"), state.step)
     for images, masks in itertools.islice(to_come, state.config.steps - state.step):
         advance(state, loss, images, masks)
         bar.update()
+        say_time(bar, state.step - first)
         state.seconds["total"] = time.perf_counter() - zero
         if state.step not in stops and time.perf_counter() - saved < CHECKPOINT_SECONDS:
             continue
@@ -374,6 +412,8 @@ def take_steps(
         if state.step in stops:
             score_validation(state, val)
             show_progress(bar, state)
+            if log is not None:
+                log(dict(state.curve[-1]))
         state.seconds["total"] = time.perf_counter() - zero
         if folder is not None:
             save_state(state, folder)
@@ -387,13 +427,22 @@ def fit(
     progress: bool = True,  # show a bar
     folder: Path | None = None,  # where checkpoints and the curve are kept, and looked for; None: nowhere
     device: str | torch.device | None = None,  # "cpu", "cuda", "mps"; None: the GPU where there is one
+    log: Callable[[dict], None] | None = None,  # is called with each new line of the curve
 ) -> TrainingState:  # with the trained `model`, its `curve`, and `counts` and `regions` of the validation images
-    "Train as `config` says. Raises FloatingPointError, naming step and rate, when the loss or a weight is not finite."
+    """Train as `config` says.
+
+    Raises ValueError for samples of other data than the config's, FloatingPointError, naming step and rate, when the
+    loss or a weight is not finite."""
+    config = resolve(config, device)
+    check_samples(config, train, val)
     state = begin(config, train, device)
     if folder is not None:
         resume(state, folder)
     bar = tqdm(total=config.steps, initial=state.step, desc=config.method, disable=not progress, mininterval=5)
     with explained(state, folder), bar:
-        take_steps(state, train, val, folder, bar)
+        if progress:
+            bar.write(f"{config.steps - state.step} steps of {config.batch_size} images to go: {len(train)} images "
+                      f"train, {len(val)} validate")
+        take_steps(state, train, val, folder, bar, log)
     finish(state, val)
     return state

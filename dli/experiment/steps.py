@@ -18,7 +18,7 @@ from torch.func import functional_call
 from ..data.samples import Samples
 from .loader import normalise
 from .config import RunConfig
-from .datasets import MAGNETIC_TILES, Dataset
+from .datasets import Dataset
 from ..network.losses import Lovasz, SegmentationLoss, make_loss
 from ..network.models import lightweight_unet
 from ..network.speed import faster
@@ -63,7 +63,7 @@ def loss_of_batch(
     images: torch.Tensor,  # uint8 (B, C, H, W)
     masks: torch.Tensor,  # uint8 (B, H, W)
     dtype: torch.dtype,  # the network computes in it
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
+    dataset: Dataset,  # whose grey levels the images have
 ) -> torch.Tensor:  # scalar
     "The training loss of a batch."
     images = normalise(images, dataset)
@@ -79,7 +79,7 @@ def train_step(
     images: torch.Tensor,  # uint8 (B, C, H, W)
     masks: torch.Tensor,  # uint8 (B, H, W)
     dtype: torch.dtype,  # the network computes in it
-    dataset: Dataset = MAGNETIC_TILES,  # whose grey levels the images have
+    dataset: Dataset,  # whose grey levels the images have
 ) -> float:  # the loss before the step
     "One optimiser step on a batch. Raises FloatingPointError when the loss is not finite."
     model.train()

@@ -6,6 +6,7 @@
 __all__ = ['run', 'load_model']
 
 # %% ../../nbs/57_training.ipynb #31f07029
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from ..data.samples import Samples
 from .loader import run_samples
 from .config import RunConfig, resolve, run_key
+from .datasets import data_name, find_dataset
 from .evaluation import alarms_at_seams, evaluate, save_pictures
 from .state import CHECKPOINTS, TrainingState, device_of, fit
 from .steps import run_model
@@ -31,7 +33,7 @@ def fitted_scores(
     train: Samples,  # the training part
 ) -> dict[str, float | None]:
     "IoU of each class, macro and micro, on the defective training images: was a class learnt at all?"
-    found = scores(evaluate(state.model, train[~train.clean], state.dtype, state.dataset), train.classes)
+    found = scores(evaluate(state.model, train[~train.clean], state.dataset, state.dtype), train.classes)
     return {f"train_{k}": v for k, v in found.items() if k.startswith("iou_") and not k.startswith("iou_of_images")}
 
 # %% ../../nbs/57_training.ipynb #d3b931a2
@@ -49,7 +51,7 @@ def make_row(
         best_step=best["step"], best_iou_macro_selected_on_val=best["iou_macro"],
         threads=torch.get_num_threads(), device=device_of(state.model).type)
     found |= scores(state.counts, val.classes)
-    found |= alarms_at_seams(state.model, train, val, state.config.seed, state.dtype, state.dataset)
+    found |= alarms_at_seams(state.model, train, val, state.config.seed, state.dataset, state.dtype)
     found |= fitted_scores(state, train)
     found |= {f"injected_{c}": n for c, n in injected.items()}
     found |= {f"seconds_{activity}": round(value, 2) for activity, value in state.seconds.items()}
@@ -61,11 +63,12 @@ def complete(
     folder: Path,  # of the run
     progress: bool,  # show a bar
     device: torch.device,
+    log: Callable[[dict], None] | None,  # is called with each new line of the curve
 ) -> None:
     "Train, from where it was left, and write what a finished run leaves."
     write_config(folder, config)
     train, val = run_samples(config)
-    state = fit(config, train, val, progress, folder, device)
+    state = fit(config, train, val, progress, folder, device, log)
     save_pictures(state, val, folder)
     row = make_row(state, train, val)
     write_run(folder, config, state.curve, state.counts, state.regions, state.model, row)
@@ -87,6 +90,7 @@ def run(
     config: RunConfig,  # what to do
     progress: bool = True,  # show a bar, and first a line with fold, partition and seed
     device: str | torch.device | None = None,  # "cpu", "cuda", "mps"; None: the GPU where there is one
+    log: Callable[[dict], None] | None = None,  # is called with each line of the curve as it is added
 ) -> dict:  # the row
     """Train, score, and leave a row in `run_folder(config)`.
 
@@ -97,11 +101,11 @@ def run(
     folder = run_folder(config)
     if progress:
         place = f"fold {config.fold} of partition {config.partition}, training seed {config.seed}"
-        print(f"{config.method} on {config.dataset}, {place}: {folder.name}")
+        print(f"{config.method} on {data_name(config.dataset)}, {place}: {folder.name}")
     if not (folder / "row.json").exists():
         with locked(folder), usual_defaults():
             if not (folder / "row.json").exists():
-                complete(config, folder, progress, device)
+                complete(config, folder, progress, device, log)
     row = read_row(folder)
     if not isinstance(row, dict) or row.get("key") != run_key(config):
         raise ValueError(f"{folder / 'row.json'} is not the row of this run (key {run_key(config)}): "
