@@ -8,5 +8,6 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "loader": "batches run_injection run_samples",
     "evaluation": "evaluate plot_predictions predict predict_samples",
     "state": "fit",
+    "report": "logger write_report",
     "training": "load_model run",
 })
