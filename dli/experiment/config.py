@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.splits import SPLITS
+from ..data.splits import GIVEN, SPLITS
 from .datasets import (DATASETS, as_size, data_fingerprint, file_choices, is_data_file,
                                      resolve_dataset)
 from ..method.blending import BLENDS
@@ -148,7 +148,7 @@ class DataFields:
     weights_hash: str | None = None  # SHA-256 of that file; None: no file, or not computed yet (see `resolve`)
     dataset: str = "auto"  # a key of `DATASETS`; "auto": the Magnetic Tiles, else synthetic ones; or a data file's path
     data: str | None = None  # fingerprint of the data; None: not computed yet (see `resolve`)
-    split: str | None = None  # one of `SPLITS`; None: "given" where a data file has a column `split`, else "tile"
+    split: str | None = None  # "tile", "image" (the paper's random split), "given"; None: what the data file gives, or "tile"
     fold: int = 0  # 0..4: which fifth of the tiles is validated; some data files allow fewer folds
     partition: int = 0  # 0, 1, ...: which way of dealing the tiles into folds
     seed: int | None = None  # of the training; None: 5 * partition + fold
@@ -222,7 +222,7 @@ def check_names(
         known["dataset"] = ("auto", *DATASETS, "the path of a data file")
     for name, choices in known.items():
         known_name(name, given[name], choices)
-    optional = CHOICES | dict(margin=(DEFECT_MARGIN,), split=SPLITS, dtype=DTYPES, dice=DICE)
+    optional = CHOICES | dict(margin=(DEFECT_MARGIN,), split=(*SPLITS, GIVEN), dtype=DTYPES, dice=DICE)
     for name, choices in optional.items():
         if name not in (*WHOLE, *NUMBERS) or isinstance(given[name], str):
             known_name(name, given[name], (None, *choices))
@@ -286,7 +286,7 @@ def default_fields(
     injected = {}
     if method.inject is not None:
         size = preset.image_size if given["image_size"] is None else given["image_size"]
-        injected = INJECTION | method.inject | dict(margin=default_margin((size, size)))
+        injected = INJECTION | method.inject | dict(margin=default_margin(as_size(size)))
     seed = 5 * given["partition"] + given["fold"]
     found = asdict(preset) | injected | dict(split="tile", seed=seed, loss=method.loss, draw=method.draw,
                                              threshold=method.threshold, dice=method.dice)

@@ -18,6 +18,7 @@ from ..data.folders import DataFile, folder_classes, folder_fingerprint, folder_
 from ..data.magnetic import (BrokenDownload, DownloadError, fetch_magnetic_tiles, find_magnetic_tiles,
                                index_fingerprint, magnetic_tiles)
 from ..data.samples import Samples
+from ..data.splits import GIVEN
 from ..data.synthetic import SYNTHETIC_VERSION, synthetic_tiles
 from ..files import read_table
 from ..method.donors import DonorTransform
@@ -157,7 +158,7 @@ def file_choices(
     "What a data file says of those fields of a run that are left out. Raises ValueError."
     file = with_size(read_data_file(name), size)
     return dict(image_size=file.crop or file.size or common_size(file),
-                split="given" if has_split(file) else "tile",
+                split=GIVEN if has_split(file) else "tile",
                 fill=ONE_CLASS_FILL if len(folder_classes(file)) == 1 else "uniform")
 
 # %% ../../nbs/50_datasets.ipynb #e6480063
