@@ -286,7 +286,7 @@ def default_fields(
     injected = {}
     if method.inject is not None:
         size = preset.image_size if given["image_size"] is None else given["image_size"]
-        injected = INJECTION | method.inject | dict(margin=default_margin((size, size)))
+        injected = INJECTION | method.inject | dict(margin=default_margin(as_size(size)))
     seed = 5 * given["partition"] + given["fold"]
     found = asdict(preset) | injected | dict(split="tile", seed=seed, loss=method.loss, draw=method.draw,
                                              threshold=method.threshold, dice=method.dice)

@@ -210,7 +210,7 @@ def run_injection(
     if METHODS[config.method].inject is None:
         return None
     dataset = find_dataset(config.dataset, config.image_size)
-    pool = DonorPool(train, dataset.transforms_of(train.classes), margin=config.margin)
+    pool = DonorPool(train, dataset.transforms_of(train.classes), margin=None if config.margin == 'defect' else config.margin)
     chosen = {name: getattr(config, name) for name in INJECTION}
     return DynamicLabelInjection(pool, **METHODS[config.method].inject | chosen)
 

@@ -22,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from .. import __version__
 from .config import KEY_DEFAULTS, RECIPE, RunConfig, resolve, run_key, run_name
 from .datasets import data_name
 from ..files import csv_bytes, locked, read_table, write_whole
-from ..network.models import save_weights
 from ..scoring.metrics import scores
 
 # %% ../../nbs/52_store.ipynb #06-training-133
@@ -194,15 +192,13 @@ def write_run(
     curve: list[dict],  # an entry per evaluation
     counts: pd.DataFrame,  # of `counts_table`: a row per validation image
     regions: np.ndarray,  # uint8 (N, K, H, W / 8): of the same images
-    model: nn.Module,  # the trained network
     row: dict,  # of `complete_row`
 ) -> None:
-    "Write everything that a finished run leaves, except its pictures."
+    "Write everything that a finished run leaves, except its network and its pictures."
     write_config(folder, config)
     write_curve(folder, curve)
     write_whole(folder / "counts.csv", csv_bytes(counts))
     write_whole(folder / "regions.npz", as_npz(name=counts["name"].to_numpy(str), regions=regions))
-    save_weights(model, folder / "model.safetensors")
     write_whole(folder / "row.json", as_json(row))
 
 # %% ../../nbs/52_store.ipynb #07-study-007

@@ -8,7 +8,7 @@ __all__ = ['run', 'load_model']
 # %% ../../nbs/57_training.ipynb #31f07029
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from torch import nn
 from ..data.samples import Samples
 from .loader import run_samples
 from .config import RunConfig, resolve, run_key
-from .datasets import data_name, find_dataset
+from .datasets import as_size, data_name, find_dataset
 from .evaluation import alarms_at_seams, evaluate, save_pictures
 from .state import CHECKPOINTS, TrainingState, device_of, fit
 from .steps import run_model
-from .store import complete_row, read_row, run_folder, write_config, write_run
+from .store import complete_row, read_row, run_folder, versions, write_config, write_run
 from ..files import locked
+from ..network.modelfile import ModelNotes, save_model
 from ..network.models import load_weights
 from ..network.speed import chosen_device
 from ..scoring.metrics import scores
@@ -57,6 +58,37 @@ def make_row(
     found |= {f"seconds_{activity}": round(value, 2) for activity, value in state.seconds.items()}
     return complete_row(state.config, found)
 
+# %% ../../nbs/57_training.ipynb #c4499ecf
+def how_read(
+    state: TrainingState,
+) -> dict:  # fields of `ModelNotes`
+    "How photographs became images of the run."
+    file = state.dataset.file
+    if file is None:
+        return dict(size=as_size(state.config.image_size))
+    return dict(scale=file.scale, size=file.size, pad=file.pad, crop=file.crop)
+
+
+def parts_of(
+    samples: Samples,
+) -> tuple[str, ...]:
+    "The physical parts that samples show, as text."
+    return tuple(sorted(map(str, samples.table["tile"].unique())))
+
+
+def model_notes(
+    state: TrainingState,  # finished
+    train: Samples,  # the training part
+    val: Samples,  # the validation part
+) -> ModelNotes:
+    "What the model file says."
+    config, dataset = state.config, state.dataset
+    return ModelNotes(
+        train.classes, config.encoder, config.decoder, channels=1 if train.images.ndim == 3 else 3, mean=dataset.mean,
+        deviation=dataset.deviation, levels=train.levels, ignore=train.ignore_index, source=train.source,
+        data=config.data, method=config.method, train_parts=parts_of(train), val_parts=parts_of(val),
+        versions=versions(), config=asdict(config), **how_read(state))
+
 # %% ../../nbs/57_training.ipynb #06-training-141b
 def complete(
     config: RunConfig,  # resolved
@@ -71,7 +103,8 @@ def complete(
     state = fit(config, train, val, progress, folder, device, log)
     save_pictures(state, val, folder)
     row = make_row(state, train, val)
-    write_run(folder, config, state.curve, state.counts, state.regions, state.model, row)
+    save_model(state.model, folder / "model.safetensors", model_notes(state, train, val))
+    write_run(folder, config, state.curve, state.counts, state.regions, row)
 
 
 @contextmanager
