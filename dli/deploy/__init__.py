@@ -1,0 +1,7 @@
+"""Use a trained model: predict photographs, choose thresholds, judge, export."""
+from .._door import door
+
+__all__, __getattr__, __dir__ = door(__name__, {
+    "predictor": "Predictions Predictor load",
+    "prediction": "predict_files",
+})
