@@ -213,7 +213,7 @@ def predict_all(
         finally:
             wait_for(writing, 0)
 
-# %% ../../nbs/75_prediction.ipynb #1a1c2e92
+# %% ../../nbs/75_prediction.ipynb #44ade49a
 def predict_files(
     predictor: Predictor,  # of `load`
     paths: str | Path | Sequence[str | Path],  # photographs, and folders of photographs
@@ -221,7 +221,7 @@ def predict_files(
     overlays: bool = False,  # True: also write photographs with the outlines of their defects
     progress: bool = True,  # show a bar with the time left
 ) -> pd.DataFrame:  # a row per photograph: image, verdict ("ok", "defect" or "unreadable"), reason
-    """Predict photographs and write `masks/<name>.png`, `images.csv`, `defects.csv` and, on wish, `overlays/<name>.jpg`.
+    """Predict photographs; write `masks/<name>.png`, `images.csv`, `defects.csv` and, on wish, `overlays/<name>.jpg`.
 
     A pixel of a mask is 0, or the number of a class. A photograph that can't be read is named in the table. When the
     call is stopped, what is finished stays, and the tables list it. Raises FileNotFoundError for a path that does not
