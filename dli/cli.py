@@ -370,7 +370,7 @@ def asked_folds(
         raise ValueError(f"--folds {' '.join(folds)}: expected all, or numbers from 0 to {possible - 1}")
     return [int(f) for f in folds]
 
-# %% ../nbs/80_cli.ipynb #1a5541e2
+# %% ../nbs/80_cli.ipynb #eb9015a6
 def longer_note(
     config,  # a resolved `RunConfig` that is to be trained
 ) -> str:  # empty: there is nothing to say
@@ -387,7 +387,8 @@ def longer_note(
             own = row_config(json.loads(path.read_text()))
         except (ValueError, TypeError):
             continue
-        if own.steps < config.steps and replace(own, steps=config.steps) == replace(config, out=own.out):
+        asked = replace(config, out=own.out, dataset=own.dataset)  # a row has the name of a data file, not its path
+        if own.steps < config.steps and replace(own, steps=config.steps) == asked:
             return (f"{path.parent} is finished after {own.steps} steps and can't be continued, because its learning "
                     f"rate fell to zero: {config.steps} steps are trained from the beginning. To start from its "
                     f"network instead, stop this and add --weights {path.parent / 'model.safetensors'}")
@@ -437,7 +438,7 @@ def train(
     for config in train_configs(data, out, folds, ctx.obj):
         train_one(config, log, device, quiet)
 
-# %% ../nbs/80_cli.ipynb #2d6ea12a
+# %% ../nbs/80_cli.ipynb #f6873bc3
 def train_configs(
     data: str,  # a data file, or the name of a data set
     out: str,  # the store
@@ -447,17 +448,19 @@ def train_configs(
     "The runs that a command line asks for. Raises WrongUse; ValueError where the data file is wrong."
     from dli.experiment.config import RunConfig
     from dli.experiment.datasets import find_dataset
+    from dli.study.parts import count_folds
 
-    dataset = find_dataset(data)
+    find_dataset(data)
     with wrong_use():
         if folds and "fold" in given:
             raise ValueError("give either --fold or --folds")
         first = RunConfig(dataset=data, out=out, **given)
-    places = asked_folds(folds, count_folds(first))
+    count = count_folds(first) if folds else 1
     with wrong_use():
+        places = asked_folds(folds, count)
         return [first] if places is None else [RunConfig(dataset=data, out=out, fold=f, **given) for f in places]
 
-# %% ../nbs/80_cli.ipynb #c3f41a40
+# %% ../nbs/80_cli.ipynb #628f4c3f
 @command("evaluate runs --html evaluation.html")
 def evaluate(
     run: Run,
@@ -470,7 +473,7 @@ def evaluate(
     """Score a trained model.
 
     By class and by part, which classes it confuses, false alarms on clean images, and the worst images."""
-    from dli.deploy.judging import judge
+    from dli.deploy import judge
 
     with wrong_use():
         known("part", part, ("val", "test", "all"))
@@ -491,7 +494,7 @@ def known(
     if value not in choices:
         raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}")
 
-# %% ../nbs/80_cli.ipynb #1693992f
+# %% ../nbs/80_cli.ipynb #6e0ade97
 @command("threshold runs --max-clean-alarm 0.02")
 def threshold(
     run: Run,
@@ -502,12 +505,15 @@ def threshold(
     """Choose when a defect is one, and store it in the model.
 
     A probability and a smallest area for each class, chosen on the validation parts."""
-    from dli.deploy.thresholds import set_thresholds
+    from dli.deploy import choose_thresholds, load
+    from dli.deploy.judging import samples_to_judge
 
-    for name, (probability, area) in set_thresholds(run, data, max_clean_alarm).items():
-        say(f"{name}: probability {probability:.3f}, at least {area} pixels", quiet)
+    predictor = load(run)
+    found = choose_thresholds(predictor, samples_to_judge(predictor.notes, data, "val"), max_clean_alarm)
+    predictor.with_thresholds(found).save()
+    say(found, quiet)
 
-# %% ../nbs/80_cli.ipynb #ec5fe912
+# %% ../nbs/80_cli.ipynb #4cfebb22
 @command("predict runs photographs/ --out predicted")
 def predict(
     run: Run,
@@ -521,7 +527,7 @@ def predict(
 
     Writes an index mask for each, defects.csv and images.csv with the verdicts. A broken file is named, and the rest
     goes on; the exit code is then 1."""
-    from dli.deploy.predictor import load, predict_files
+    from dli.deploy import load, predict_files
 
     images = predict_files(load(run, device), paths, out, overlays, progress=not quiet)
     verdicts = images["verdict"].value_counts()

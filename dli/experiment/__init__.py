@@ -8,6 +8,7 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "loader": "batches run_injection run_samples",
     "evaluation": "evaluate plot_predictions predict predict_samples",
     "state": "fit",
+    "preview": "preview_page",
     "report": "logger write_report",
     "training": "load_model run",
 })

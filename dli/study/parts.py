@@ -5,26 +5,34 @@
 # %% auto #0
 __all__ = ['parts_configs', 'PartsAnswer', 'study_parts']
 
-# %% ../../nbs/69_parts.ipynb #536736ff
+# %% ../../nbs/69_parts.ipynb #1bddd40f
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
 
+from ..data.samples import Samples
 from ..data.splits import FOLDS, possible_folds
 from ..experiment.config import RunConfig, evaluation_steps, resolve
-from ..experiment.datasets import DATASETS, load_dataset
-from ..experiment.loader import run_samples
+from ..experiment.datasets import DATASETS, as_size
+from ..experiment.loader import decoded_folder, run_samples
 from ..experiment.state import fit
 from ..scoring.metrics import Comparison, compare
 from .matrix import default_jobs, makespan, run_matrix
 from .rows import classes_of, common_places, paired_counts, pooled_scores
 from .studies import missing, resolve_all
 
-# %% ../../nbs/69_parts.ipynb #806d2ea8
+# %% ../../nbs/69_parts.ipynb #ed5eeaff
 COMPARED_METHODS = ("baseline", "share", "dli")
 STEPS = 2000  # of each run, where nothing else is asked for
+
+
+def all_samples(
+    config: RunConfig,  # resolved: of photographs of one's own
+) -> Samples:  # kept for the runs to come
+    "All that a data file names."
+    return decoded_folder(config.dataset, as_size(config.image_size), config.data)
 
 
 def count_folds(
@@ -34,7 +42,7 @@ def count_folds(
     if config.dataset in ("auto", *DATASETS):
         return FOLDS
     config = resolve(config)
-    return 1 if config.split == "given" else possible_folds(load_dataset(config.dataset, config.image_size))
+    return 1 if config.split == "given" else possible_folds(all_samples(config))
 
 # %% ../../nbs/69_parts.ipynb #5047b068
 def parts_configs(
