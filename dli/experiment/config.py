@@ -418,12 +418,13 @@ KEY_DEFAULTS = dict(
     dice="image")
 
 
-def is_settled(
+def settled(
     config: RunConfig,
-) -> bool:
-    "Whether nothing is left to look up. Only where the data are one's own, which may lie elsewhere by now."
+) -> RunConfig:  # resolved
+    "The configuration itself where it is of photographs of one's own and all is said: they may lie elsewhere by now."
     asked = config.data, config.image_size, config.split, None if config.dtype == "auto" else config.dtype
-    return config.dataset not in ("auto", *DATASETS) and None not in asked
+    whole = config.dataset not in ("auto", *DATASETS) and None not in asked
+    return config if whole else resolve(config)
 
 
 def key_dataset(
@@ -437,7 +438,7 @@ def run_content(
     config: RunConfig,
 ) -> dict:
     "What could change the result, as far as it differs from `KEY_DEFAULTS` (what came later: from its own default)."
-    config = config if is_settled(config) else resolve(config)
+    config = settled(config)
     fixed = {name: default for name, default in TRANSFORM.items() if name not in FIELDS}  # by a method's row alone
     usual = fixed | {f.name: f.default for f in fields(config)} | KEY_DEFAULTS
     injected = METHODS[config.method].inject or {}
@@ -458,6 +459,7 @@ def run_name(
     config: RunConfig,  # resolved first (see `resolve`)
 ) -> str:
     "The name of the run's folder: method, encoder, preset, split, partition, fold, training seed, and the key."
+    config = settled(config)
     place = f"p{config.partition}f{config.fold}s{config.seed}"
     return f"{config.method}-{config.encoder}-{config.preset}-{config.split}-{place}-{run_key(config)}"
 

@@ -135,7 +135,8 @@ def common_size(
     file: DataFile,  # says neither size nor crop
 ) -> tuple[int, int]:  # height, width
     "The size that all photographs have. Raises ValueError where they have several."
-    sizes = sorted({tuple(max(round(side * file.scale), 1) for side in size) for size in folder_sizes(file)})
+    found = folder_sizes(file).values()
+    sizes = sorted({tuple(max(round(side * file.scale), 1) for side in size) for size in found})
     if len(sizes) != 1 or any(side % 8 for side in sizes[0]):
         shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
         raise ValueError(f"{file.root}: expected photographs of one size, in multiples of 8, got {shown}: say size "
