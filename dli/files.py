@@ -7,12 +7,18 @@ __all__ = []
 
 # %% ../nbs/00_files.ipynb #65a0c000
 import csv
+import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +138,10 @@ def waiting_lock(
     finally:
         lock.release()
 
-# %% ../nbs/00_files.ipynb #4632b93f
+# %% ../nbs/00_files.ipynb #5efd0f49
 HEADER = 128  # bytes of a .npy file before its values, as NumPy writes it for arrays of few axes
 
+# %% ../nbs/00_files.ipynb #a7fffbae
 class ArrayFile:
     "A .npy file that grows by a row at a time; it is complete when it is closed."
     def __init__(
@@ -166,7 +173,7 @@ class ArrayFile:
         os.fsync(self.file.fileno())
         self.file.close()
 
-# %% ../nbs/00_files.ipynb #731bd7cb
+# %% ../nbs/00_files.ipynb #db5c916e
 MANY = 2**28  # bytes; what is smaller is taken into the memory
 
 def cache_folder() -> Path:
@@ -175,6 +182,7 @@ def cache_folder() -> Path:
 
     return Path(os.environ.get("DLI_CACHE") or platformdirs.user_cache_path("dli"))
 
+# %% ../nbs/00_files.ipynb #39f9fc9c
 def is_mapped(array: np.ndarray) -> bool:
     "Whether an array lies in a file."
     while isinstance(array, np.ndarray):
@@ -197,3 +205,60 @@ def take(
     for place, row in enumerate(rows):
         taken[place] = array[row]
     return taken
+
+# %% ../nbs/00_files.ipynb #ad997e31
+def made_once(
+    folder: Path,  # to be there afterwards
+    make: Callable[[Path], None],  # fills an empty folder
+) -> None:
+    "Make a folder unless it is there. Raises what `make` raises, and then nothing is left."
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(folder.name + ".part")
+    with waiting_lock(folder.with_name(folder.name + ".lock"), f"Waiting for another process that makes {folder}."):
+        if folder.is_dir():
+            return
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        try:
+            part.mkdir()
+            make(part)
+            os.replace(part, folder)
+        except OSError as e:
+            raise OSError(e.errno, f"{e.strerror}: make room, or set DLI_CACHE to another folder", str(folder)) from e
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/00_files.ipynb #7a0988df
+WORKERS = min(4, os.cpu_count() or 1)  # files that are worked on at the same time
+
+def in_order(
+    function: Callable,
+    items: Iterable,
+    label: str = "",  # of the bar, which comes after three seconds; "": no bar
+) -> Iterator:
+    "What a function gives for each item, in order."
+    from tqdm.auto import tqdm
+
+    items, waiting = list(items), deque()
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(items), desc=label, delay=3, disable=not label) as bar:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > WORKERS:
+                yield waiting.popleft().result()
+                bar.update()
+        while waiting:
+            yield waiting.popleft().result()
+            bar.update()
+
+# %% ../nbs/00_files.ipynb #d46c8ee2
+@lru_cache(2**20)
+def hash_once(path: Path, size: int, time: int) -> str:
+    "The hash of a file; size and time of change say that it is still the same file."
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def file_hash(path: Path) -> str:
+    "The SHA-256 of a file, as 64 hex digits."
+    state = path.stat()
+    return hash_once(path.resolve(), state.st_size, state.st_mtime_ns)

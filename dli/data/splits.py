@@ -59,7 +59,7 @@ def rarest_class(
     rank = np.argsort(np.argsort(members.sum(0), kind="stable"), kind="stable")
     return np.where(members, rank, len(rank)).argmin(1)
 
-# %% ../../nbs/12_splits.ipynb #ae8fd0f1
+# %% ../../nbs/12_splits.ipynb #ff3a473e
 def possible_folds(
     samples: Samples,  # all of them
 ) -> int:  # 2..5
@@ -68,11 +68,11 @@ def possible_folds(
     counts = count_tiles(samples.table["tile"].to_numpy()[taking], class_members(samples)[taking], samples.classes)
     fewest = min(counts, key=counts.get)
     if counts[fewest] < 2:
-        raise ValueError(f"the class {fewest!r} is seen on {counts[fewest]} parts: a network can't train on one part and "
-                         "be judged on another; add photographs of other parts, or leave the class out")
+        raise ValueError(f"the class {fewest!r} is seen on {counts[fewest]} parts: a network can't train on one part "
+                         "and be judged on another; add photographs of other parts, or leave the class out")
     if counts[fewest] < FOLDS:
-        warnings.warn(f"the class {fewest!r} is seen on {counts[fewest]} parts: there are {counts[fewest]} folds in the "
-                      f"place of {FOLDS}", stacklevel=2)
+        warnings.warn(f"the class {fewest!r} is seen on {counts[fewest]} parts: there are {counts[fewest]} folds in "
+                      f"the place of {FOLDS}", stacklevel=2)
     return min(counts[fewest], FOLDS)
 
 # %% ../../nbs/12_splits.ipynb #dd2714a1
@@ -214,7 +214,7 @@ def check_sides(
     if absent := absent_classes(train, members):
         warnings.warn(f"{where} trains on no image of {', '.join(absent)}: choose another partition", stacklevel=3)
 
-# %% ../../nbs/12_splits.ipynb #c8726edc
+# %% ../../nbs/12_splits.ipynb #6eb729d6
 def find_sides(
     samples: Samples,  # all of them
     split: str,  # one of `SPLITS`, or "given"
@@ -238,6 +238,10 @@ def find_sides(
                       "promise too much", stacklevel=3)
     return train, val
 
+def name_split(split, fold, partition) -> str:
+    "A split in words."
+    return "the given split" if split == GIVEN else f"fold {fold} of partition {partition}"
+
 # %% ../../nbs/12_splits.ipynb #00-data-138
 def split_samples(
     samples: Samples,  # all of them
@@ -249,16 +253,12 @@ def split_samples(
     keep_empty: bool = False,  # True: defective images with an empty mask train and validate, as the authors do
     folds: int = FOLDS,  # 2..5, see `possible_folds`
 ) -> tuple[Samples, Samples]:  # training, validation
-    """Split in two; warns where a side lacks a class.
-
-    `split="given"` follows the table's column `split` and needs no fold; parts that it keeps for the test are on neither
-    side of any split. Raises ValueError for a wrong argument, too few or unknown tiles."""
+    "Split in two; warns where a side lacks a class. Raises ValueError for a wrong argument, too few or unknown tiles."
     check_split(split, fold, partition, fraction, folds, (*SPLITS, GIVEN))
     train, val = find_sides(samples, split, fold, partition, keep_empty, folds)
     if not clean_validation:
         val = val[~samples.clean[val]]
-        free = samples.clean & ~kept_for_test(samples)
-        train = np.union1d(train[~samples.clean[train]], np.flatnonzero(free))
+        train = np.union1d(train[~samples.clean[train]], np.flatnonzero(samples.clean & ~kept_for_test(samples)))
     if not keep_empty:
         train = train[samples.clean[train] | find_shown(samples.masks[train], samples.classes).any(1)]
     tiles = pd.factorize(samples.table["tile"])[0]
@@ -269,6 +269,5 @@ def split_samples(
     train = train[take_fraction(class_members(samples)[train], groups[train], fraction, seed)]
     assert split != "tile" or not np.intersect1d(tiles[train], tiles[val]).size, "a tile is on both sides"
     train, val = samples[train], samples[val]
-    where = "the given split" if split == GIVEN else f"fold {fold} of partition {partition}"
-    check_sides(samples, train, val, where, clean_validation)
+    check_sides(samples, train, val, name_split(split, fold, partition), clean_validation)
     return train, val
