@@ -216,7 +216,7 @@ def test_a_run_may_ask_for_another_size(given, size, windows, folders):
 
 @pytest.mark.parametrize("given, message", [
     (dict(image_size=20), "multiple of 8"),
-    (dict(image_size=[32, 64, 3]), "one number, or height and width"),
+    (dict(image_size=[32, 64, 32]), "one number, or height and width"),
     (dict(fill=0.0), "fill=0.0"),
     (dict(fill=1), "fill=1"),
     (dict(fill="some"), "choose one of None, uniform, all"),

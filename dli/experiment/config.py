@@ -306,11 +306,11 @@ def plain_size(
     own: bool,  # the photographs are one's own
 ) -> int | tuple[int, int]:  # one number where both sides are equal
     "A size of images in one spelling. Raises ValueError."
-    pair = [whole_number("image_size", side, *SIDE) for side in (as_size(size) if isinstance(size, (list, tuple))
-                                                                  else (size, size))]
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    pair = [whole_number("image_size", side, *SIDE) for side in sides]
     if len(pair) != 2 or (pair[0] != pair[1] and not own):
-        raise ValueError(f"image_size={size!r}: expected one number" + (", or height and width" if own else
-                         ": height and width are for a data file"))
+        also = ", or height and width" if own else ": height and width are for a data file"
+        raise ValueError(f"image_size={size!r}: expected one number{also}")
     if any(side % 8 for side in pair):
         raise ValueError(f"image_size={size!r}: expected a multiple of 8 (the encoder halves it three times)")
     return pair[0] if pair[0] == pair[1] else tuple(pair)
