@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import patch
-from dli.experiment.config import (INJECTION, METHODS, PRESETS, Method, RunConfig, evaluation_steps, learning_rate,
-                                   notebook_config, resolve, run_key)
+from dli.experiment.config import (INJECTION, METHODS, PRESETS, RECIPE, Method, RunConfig, evaluation_steps,
+                                   learning_rate, notebook_config, resolve, run_key)
+from dli.experiment.store import row_config
 from dli.method.blending import BLENDS
 from dli.method.injection import DynamicLabelInjection
 from dli.study.matrix import main
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("wrong,message", [
@@ -205,3 +208,10 @@ def test_the_command_takes_every_data_set_and_auto(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "{auto,magnetic-tiles,synthetic}" in capsys.readouterr().out.replace(" ", "")
+
+
+def test_every_committed_row_has_the_key_that_its_fields_make():
+    rows = [json.loads(path.read_text()) for path in (ROOT / "paper_figures").glob("*/*/row.json")]
+    rows = [row for row in rows if row["recipe"] == RECIPE]
+    assert len(rows) > 100
+    assert [run_key(row_config(row)) for row in rows] == [row["key"] for row in rows]

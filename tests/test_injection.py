@@ -13,6 +13,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,11 +23,11 @@ from hypothesis import given, settings, strategies as st
 from dli.data.samples import Samples
 from dli.data.masks import MASK_DTYPES, one_hot
 from dli.method.blending import BLENDS, grow_mask, poisson_blend, poisson_blend_image
-from dli.method.donors import Donor, DonorPool, DonorTransform, default_margin
+from dli.method.donors import Donor, DonorPool, DonorTransform, default_margin, defect_margin
 from dli.method.plan import InjectionPlan, choose_labels, class_presence, find_clean, look_at
-from dli.method.placing import crop_places, place_donors, place_turned, target_windows
+from dli.method.placing import crop_places, find_places, place_donors, place_turned, target_windows
 from dli.method.injection import (COUNTING, PATIENCE, DynamicLabelInjection, InjectionStats, apply_plan,
-                                  goes_through_cpu, show_batch)
+                                  from_working, goes_through_cpu, show_batch, to_working)
 from dli.network.losses import make_loss
 from dli.scoring.metrics import count_batch
 from conftest import patch
@@ -682,7 +683,7 @@ def test_turned_donors_are_interpolated_exactly(seed, colour, size):
 
 def test_crops_may_be_longer_than_32767_pixels():
     image = (np.arange(40000) // 200).astype(np.uint8).reshape(1, 1, 40000).repeat(3, 1)
-    donor = Donor("long", 1, image, image[0] > 190, (0, 0), (1, 39000), (0, 38200, 3, 1800))
+    donor = Donor("long", 1, image, image[0] > 190, (0, 0), (1, 39000), (0, 38200, 3, 1800), 1)
     patch, mask = place_turned(donor, np.array([1, 39800.0]), -np.eye(2), np.array([2, 36000]))
     assert (patch[0, 0] == image[0, 1, 39800:3800:-1]).all() and (mask[1] == donor.mask[0, 39800:3800:-1]).all()
 
@@ -857,9 +858,10 @@ def test_doing_something_does_not_warn():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(images=torch.zeros(2, 2, 8, 8)), r"images: expected \(B, C, H, W\) with C = 1 or 3, got \(2, 2, 8, 8\)"),
+    (dict(images=torch.zeros(2, 0, 8, 8)), r"images: expected \(B, C, H, W\), got \(2, 0, 8, 8\)"),
+    (dict(images=torch.zeros(2, 8, 8, 3)), r"got \(2, 8, 8\) .*Channels come second: pass images.permute"),
     (dict(images=torch.zeros(2, 8, 8)), r"images: expected \(B, C, H, W\)"),
-    (dict(images=torch.zeros(2, 1, 8, 8).half()), "expected uint8, or float32 or float64 in 0..1, got torch.float16"),
+    (dict(images=torch.zeros(2, 1, 8, 8).int()), "expected uint8, uint16 or floats in 0..1 .*, got torch.int32"),
     (dict(images=torch.full((2, 1, 8, 8), -0.4)), "got -0.4 .. -0.4: inject before normalising"),
     (dict(images=torch.full((2, 1, 8, 8), torch.nan)), r"got NaN in images \[0, 1\]"),
     (dict(images=torch.rand(2, 1, 8, 8) * 200 + 2), r"got .* .. .*: divide by 255 or pass uint8"),
@@ -885,7 +887,8 @@ def test_doing_something_does_not_warn():
      "images: expected .*Were images and masks swapped"),
     (dict(images=torch.zeros(2, 1, 8, 8).long()),
      r"got torch.int64: pass images.to\(torch.uint8\), if they are in 0..255"),
-    (dict(images=torch.zeros(2, 1, 8, 8).bfloat16()), r"got torch.bfloat16: pass images.float\(\); convert the result"),
+    (dict(images=torch.full((2, 1, 8, 8), -0.4).bfloat16()), "got -0.4.* .. -0.4.*: inject before normalising"),
+    (dict(images=torch.zeros(2, 1, 8, 8).to(torch.float8_e5m2)), r"got torch.float8_e5m2: pass images.float\(\)"),
     (dict(masks=torch.zeros(8, 8, dtype=torch.long)), r"got torch.int64 \(8, 8\): pass masks\[None\]$"),
     (dict(masks=torch.zeros(3, 8, 8, dtype=torch.long)),
      r"masks: expected \(2, 8, 8\) on cpu like the images, got \(3, 8, 8\)"),
@@ -907,7 +910,9 @@ def test_wrong_batches(change, message):
      "transforms: expected a dict with a DonorTransform for each class name, got DonorTransform"),
     (lambda s: DonorPool(s, ["Crack"]), "transforms: expected a dict .*, got list"),
     (lambda s: DonorPool(s, margin=2.5), "margin: expected a whole number of pixels, 0 or more, got 2.5"),
-    (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'"),
+    (lambda s: DonorPool(s, margin="2"), "margin: expected a whole number of pixels, 0 or more, got '2'; .*'defect'"),
+    (lambda s: DonorPool(s, margin=True), "margin: expected a whole number of pixels, 0 or more, got True"),
+    (lambda s: DonorPool(s, components=1), "components: expected True or False, got 1"),
 ])
 def test_wrong_types_of_a_pool(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
@@ -1111,10 +1116,10 @@ def said(call):
 
 def test_what_can_never_be_injected_is_said():
     one = full_pool(ONE_CLASS)
-    words = "fill='uniform' never injects anything with one class ('Defect')"
-    assert words in said(lambda: DynamicLabelInjection(one))[0]
-    assert "Pass fill='all'" in said(lambda: DynamicLabelInjection(one, choose="random"))[0]
-    assert said(lambda: DynamicLabelInjection(one, fill="all")) == []
+    for choose in ("rarest", "random"):
+        with pytest.raises(ValueError, match=r"'uniform' never injects .* one class \('Defect'\).*fill=0.5 "):
+            DynamicLabelInjection(one, choose=choose)
+    assert said(lambda: [DynamicLabelInjection(one, fill=fill) for fill in ("all", 0.5)]) == []
     assert said(lambda: DynamicLabelInjection(full_pool(CLASSES))) == []
     masks = np.zeros((2, 8, 8), np.uint8)
     masks[0, 2, 2] = 3
@@ -1124,13 +1129,24 @@ def test_what_can_never_be_injected_is_said():
         assert "for want of donors: Blowhole, Break (DonorPool(0 Blowhole" in words[0]
 
 
-def test_one_class_and_patience():
+def test_a_share_that_is_reached_already_is_named():
     images, masks = torch.zeros(4, 1, 16, 12).byte(), index_masks(0, 1)[2:].byte()
-    inject = []
-    said(lambda: inject.append(DynamicLabelInjection(full_pool(ONE_CLASS))))
-    words = said(lambda: [inject[0](images, masks) for _ in range(PATIENCE)])
-    assert len(words) == 1
-    assert "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'" in words[0]
+    inject = DynamicLabelInjection(full_pool(ONE_CLASS), fill=0.01)
+    masks[0] = 0
+    words = said(lambda: [inject(images, masks, seeded(k)) for k in range(PATIENCE)])
+    assert len(words) == 1 and "at least the share fill=0.01 of the images showed a defect already" in words[0]
+
+
+def test_nothing_clean_is_said_with_the_first_batch():
+    masks = torch.ones(4, 16, 12, dtype=torch.uint8)
+    words = said(lambda: DynamicLabelInjection(full_pool(CLASSES))(torch.zeros(4, 1, 16, 12), masks))
+    assert len(words) == 1 and "nothing injected in the first batch of 4 images: no image was defect-free" in words[0]
+    assert "none of the samples of the pool is" in words[0]
+    some = np.zeros((3, 16, 12), np.uint8)
+    some[0, 3:5, 3:5] = 1
+    pool = DonorPool(make_samples(some))
+    inject = DynamicLabelInjection(pool, fill="all")
+    assert pool.clean == 2 and said(lambda: inject(torch.zeros(4, 1, 16, 12), masks)) == []
 
 
 def test_images_of_another_size_are_doubted_once():
@@ -1160,10 +1176,226 @@ def test_switches_are_switches(wrong):
 
 
 @pytest.mark.parametrize("wrong", [dict(p_poisson=1.5), dict(p_poisson=float("nan")), dict(p_poisson="0.5"),
-                                   dict(fill="half"), dict(choose="first"), dict(region="box"), dict(blend="poison")])
+                                   dict(fill="half"), dict(fill=0), dict(fill=1), dict(fill=True), dict(fill=None),
+                                   dict(fill=float("nan")), dict(min_contrast=-0.1), dict(min_contrast="0.1"),
+                                   dict(min_contrast=True), dict(choose="first"), dict(region="box"),
+                                   dict(blend="poison")])
 def test_wrong_choices(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         DynamicLabelInjection(DonorPool(random_samples(0)), **wrong)
+
+
+# -- other products ---------------------------------------------------------------------------------------------------
+
+@properties
+@given(st.integers(0, 10**6), st.floats(0.01, 0.99), st.integers(1, 12))
+def test_a_share_of_the_batch_shows_a_defect(seed, fill, n):
+    masks = random_batch(seed, n=n)[1]
+    clean, defective = len(find_clean(masks)), n - len(find_clean(masks))
+    plan = DynamicLabelInjection(full_pool(CLASSES), fill=fill).make_params(masks, seeded(seed))
+    wanted = {int(np.floor(fill * n)), int(np.ceil(fill * n))}
+    assert len(plan) in {min(max(w - defective, 0), clean) for w in wanted}
+    shown = class_presence(masks, 3).sum(0)
+    for k in plan.label:
+        assert shown[k - 1] == shown.min(), "rarest first"
+        shown[k - 1] += 1
+
+
+def test_a_share_is_right_on_average():
+    inject, masks = DynamicLabelInjection(full_pool(ONE_CLASS), fill=0.3), torch.zeros(4, 16, 12, dtype=torch.uint8)
+    counts = [len(inject.make_params(masks, seeded(k))) for k in range(400)]
+    assert set(counts) == {1, 2} and abs(np.mean(counts) - 1.2) < 0.1
+
+
+@properties
+@given(st.integers(0, 10**6), st.booleans())
+def test_a_donor_for_each_component(seed, margin):
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((3, 16, 12)) < 0.15) * rng.integers(1, 4, (3, 16, 12))
+    masks[0, 5, 5] = 1
+    pool = DonorPool(make_samples(masks), STILL, "defect" if margin else None, components=True)
+    planes = [(m == k).astype(np.uint8) for m in masks for k in (1, 2, 3)]
+    pieces = [cv2.connectedComponents(plane, connectivity=8)[0] - 1 for plane in planes]
+    named = [(f"image {i}", k) for i in range(3) for k in (1, 2, 3)]
+    assert [[(d.name, d.label) for d in pool.donors].count(each) for each in named] == pieces
+    assert sum(d.mask.sum() for d in pool.donors) == (masks > 0).sum()
+
+
+def test_a_component_comes_without_its_neighbours():
+    image, mask = np.full((1, 20, 20), 100, np.uint8), np.zeros((1, 20, 20), np.uint8)
+    for k, x in ((1, 4), (1, 7), (2, 10)):
+        mask[0, 8:10, x:x + 2], image[0, 8:10, x:x + 2] = k, 10 * x
+    pool = DonorPool(make_samples(mask, image), STILL, margin=4, components=True)
+    assert [d.label for d in pool.donors] == [1, 1, 2]
+    for donor in pool.donors:
+        assert (donor.image[0][~donor.mask] == 100).all() and donor.mask.sum() == 4
+        assert len(np.unique(donor.image[0][donor.mask])) == 1
+
+
+def test_a_margin_for_each_defect():
+    masks = np.zeros((2, 60, 60), np.uint8)
+    masks[0, 4:6, 4:6], masks[1, 10:46, 10:46] = 1, 2
+    pool = DonorPool(make_samples(masks), STILL, margin="defect")
+    assert pool.margins.tolist() == [1, 4] == [d.margin for d in pool.donors] and "margin 1 to 4" in repr(pool)
+    assert [defect_margin(np.ones((s, s), bool)) for s in (1, 6, 18, 90)] == [1, 1, 2, 10]
+    targets, blank = torch.full((2, 1, 60, 60), 200, dtype=torch.uint8), torch.zeros(2, 60, 60, dtype=torch.uint8)
+    inject = DynamicLabelInjection(pool, 1, "all", grow_label=True)
+    plan = inject.make_params(blank, seeded(0))
+    labels = inject.transform(targets, blank, plan)[1]
+    for row in range(2):
+        found = np.argwhere(labels[plan.target[row]].numpy())
+        side = {0: 2 + 2 * 1, 1: 36 + 2 * 4}[plan.donor[row]]
+        assert (np.ptp(found, axis=0) + 1).tolist() == [side, side]
+
+
+def random_roi(rng, n, size):
+    "Blobs: none, all, a few large, many small; one for all images, or one for each."
+    noise = cv2.resize(rng.random((6, 5)).astype(np.float32), size[::-1])
+    each = np.stack([cv2.resize(rng.random((6, 5)).astype(np.float32), size[::-1]) for _ in range(n)])
+    return torch.from_numpy((noise if rng.random() < 0.5 else each) > rng.choice([-1, 0.2, 0.4, 0.6, 0.8, 2]))
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((STILL, FLIPS, WILD)), st.sampled_from(("exact", "image")), st.booleans(),
+       st.sampled_from((None, 0, 3, "defect")))
+def test_nothing_is_injected_outside_the_roi(seed, transforms, region, grow, margin):
+    rng, size = np.random.default_rng(seed), (40, 30)
+    images, masks = random_batch(seed, size=size, channels=int(rng.integers(1, 4)))
+    roi = random_roi(rng, len(images), size)
+    pool = DonorPool(random_samples(seed, size=(16, 12)), transforms, margin)
+    inject = DynamicLabelInjection(pool, 0.5, "all", region=region, grow_label=grow, min_contrast=0.2)
+    after, labels = inject(images, masks, seeded(seed), roi=roi)
+    outside = ~roi.broadcast_to(masks.shape)
+    assert torch.equal(labels[outside], masks[outside])
+    if region == "exact":
+        assert torch.equal(after.movedim(1, 3)[outside], images.movedim(1, 3)[outside])
+    plan = inject.make_params(masks, seeded(seed), roi)
+    assert same(inject.transform(images, masks, InjectionPlan.from_json(plan.to_json())), (after, labels))
+    free = inject.make_params(masks, seeded(seed))
+    assert len(plan) + inject.stats.outside == len(free)
+    assert set(plan.target) <= set(free.target) and sum(inject.stats.injected.values()) == len(plan)
+    assert all(labels[i].ne(masks[i]).any() for i in plan.target)
+    everywhere = torch.ones_like(roi)
+    assert inject.make_params(masks, seeded(seed), everywhere) == free
+
+
+def test_a_donor_finds_the_only_room_there_is():
+    masks = np.zeros((1, 9, 9), np.uint8)
+    masks[0, 2:4, 1:4] = 1
+    inject = DynamicLabelInjection(DonorPool(make_samples(masks), STILL, margin=0), 0, "all")
+    roi = torch.zeros(9, 9, dtype=torch.bool)
+    roi[6:8, 5:8] = True
+    blank, images = torch.zeros(3, 9, 9, dtype=torch.uint8), torch.zeros(3, 1, 9, 9)
+    _, labels = inject(images, blank, roi=roi)
+    assert torch.equal(labels == 1, roi.expand(3, 9, 9)) and inject.stats.outside == 0
+    roi[7, 5] = False
+    _, labels = inject(images, blank, roi=torch.stack([roi, ~roi, ~roi]))
+    assert inject.stats.outside == 1 and labels.flatten(1).any(1).tolist() == [False, True, True]
+    never = DynamicLabelInjection(DonorPool(make_samples(masks)), fill="all")
+    words = said(lambda: [never(images, blank, roi=torch.zeros_like(roi)) for _ in range(PATIENCE)])
+    assert "no donor has room inside the roi (150 images)" in words[-1]
+
+
+def test_places_are_found_like_by_hand():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        roi, shape = rng.random(rng.integers(3, 12, 2)) < 0.9, rng.random(rng.integers(1, 5, 2)) < 0.6
+        anchor = tuple(rng.integers(0, shape.shape).tolist())
+        shape[anchor] = True
+        for beyond in (False, True):
+            wide = np.pad(roi, 5, constant_values=beyond)
+            expected = np.zeros_like(roi)
+            for y, x in np.argwhere(roi):
+                top, left = y + 5 - anchor[0], x + 5 - anchor[1]
+                expected[y, x] = wide[top:top + shape.shape[0], left:left + shape.shape[1]][shape].all()
+            assert np.array_equal(find_places(roi, shape, anchor, beyond), expected)
+
+
+@pytest.mark.parametrize("roi, error, message", [
+    (torch.ones(2, 8, 8), TypeError, "got torch.float32: pass roi > 0"),
+    (np.ones((8, 8), bool), TypeError, "roi: expected a torch tensor, got numpy.ndarray"),
+    (torch.ones(8, 9, dtype=torch.bool), ValueError, r"expected \(8, 8\) for all images or \(2, 8, 8\) for each"),
+    (torch.ones(3, 8, 8, dtype=torch.bool), ValueError, r"got \(3, 8, 8\)"),
+])
+def test_wrong_rois(roi, error, message):
+    with pytest.raises(error, match=message):
+        DynamicLabelInjection(full_pool(CLASSES))(torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).long(), roi=roi)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.uint16])
+def test_a_blend_that_can_hardly_be_seen_is_pasted(dtype):
+    "A step of 10 grey levels is faint, of 60 is not; both lie on another level than the target."
+    images, masks = np.full((2, 20, 20), 90, np.uint8), np.zeros((2, 20, 20), np.uint8)
+    masks[0, 8:12, 8:12], masks[1, 8:12, 8:12] = 1, 2
+    images[0][masks[0] > 0], images[1][masks[1] > 0] = 100, 150
+    pool = DonorPool(make_samples(masks, images), STILL)
+    targets, blank = torch.full((2, 1, 20, 20), 40, dtype=torch.uint8), torch.zeros(2, 20, 20, dtype=torch.uint8)
+    if dtype != torch.uint8:
+        targets = from_working(targets / 255, dtype)
+    for p, least, faint in ((1, 0, 0), (1, 0.1, 1), (1, 1, 1), (0, 0.1, 0)):
+        inject = DynamicLabelInjection(pool, p, "all", min_contrast=least)
+        after, labels = inject(targets, blank, seeded(3))
+        plan = inject.make_params(blank, seeded(3))
+        assert inject.stats.faint == faint and sorted(plan.label) == [1, 2]
+        assert same(inject.transform(targets, blank, plan), (after, labels)), "without chance"
+        weak = after[plan.target[plan.label == 1][0], 0][labels[plan.target[plan.label == 1][0]] > 0]
+        level = (to_working(weak).double() * (1 if dtype == torch.uint8 else 255)).mean()
+        assert abs(level - (100 if faint or not p else 50)) < 0.5
+        assert set(labels.unique().tolist()) == {0, 1, 2}
+
+
+@properties
+@given(st.integers(0, 10**6), st.sampled_from((torch.float16, torch.bfloat16, torch.uint16)), st.integers(1, 6),
+       st.booleans(), st.sampled_from((0.0, 0.5, 1.0)), st.booleans())
+def test_other_precisions_are_float32_rounded(seed, dtype, channels, many, p, away):
+    samples = random_samples(seed)
+    if many and channels > 1:
+        rng = np.random.default_rng(seed)
+        samples = make_samples(samples.masks, rng.integers(0, 256, (8, 16, 12, channels), np.uint8))
+    images, masks = random_batch(seed, channels=channels)
+    inject = DynamicLabelInjection(DonorPool(samples), p, "all")
+    given_images = from_working(images.float() / 255, dtype)
+    kept = given_images.clone()
+    with pytest.MonkeyPatch.context() as changed:
+        if away:
+            patch(changed, "goes_through_cpu", lambda device, plan: True)
+        after, labels = inject(given_images, masks, seeded(seed))
+    expected, same_labels = inject(to_working(given_images), masks, seeded(seed))
+    assert after.dtype == dtype and torch.equal(after, from_working(expected, dtype))
+    assert torch.equal(labels, same_labels) and torch.equal(given_images, kept)
+    untouched = torch.from_numpy(np.setdiff1d(np.arange(6), find_clean(masks)))
+    assert torch.equal(to_working(after)[untouched], to_working(given_images)[untouched])
+
+
+def test_a_donor_of_sixteen_bits_is_257_times_that_of_eight():
+    samples = random_samples(0)
+    inject = DynamicLabelInjection(DonorPool(samples, FLIPS), 0, "all")
+    images, masks = torch.zeros(6, 2, 16, 12, dtype=torch.uint8), torch.zeros(6, 16, 12, dtype=torch.uint8)
+    plain, deep = inject(images, masks, seeded(0))[0], inject(images.to(torch.uint16), masks, seeded(0))[0]
+    assert torch.equal(deep.int(), plain.int() * 257) and plain.any()
+
+
+def test_twelve_bits_in_sixteen_are_doubted():
+    images, masks = torch.full((4, 1, 16, 12), 4000).to(torch.uint16), torch.zeros(4, 16, 12, dtype=torch.uint8)
+    inject = DynamicLabelInjection(full_pool(CLASSES), fill="all")
+    words = said(lambda: [inject(images, masks) for _ in range(2)])
+    assert len(words) == 1 and "the largest number is 4000 of 65535. Are they of 12 bits or fewer?" in words[0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.bfloat16])
+def test_pictures_of_any_images(channels, dtype):
+    inject = DynamicLabelInjection(full_pool(CLASSES), fill="all")
+    images, masks = random_batch(0, channels=channels)
+    images = images if dtype == torch.uint8 else from_working(images / 255, dtype)
+    after, labels = inject(images, masks, seeded(0))
+    assert len(show_batch(images, after, labels, inject.make_params(masks, seeded(0)), CLASSES).axes)
+
+
+def test_donors_of_another_number_of_channels():
+    samples = random_samples(0, colour=True)
+    with pytest.raises(ValueError, match="expected 3 channels like the donors, got 4; make the pool from samples with"):
+        DynamicLabelInjection(DonorPool(samples))(*random_batch(0, channels=4))
 
 
 # -- loaders, pictures, devices ---------------------------------------------------------------------------------------
@@ -1427,7 +1659,7 @@ def test_only_targets_travel(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: to(x) if a
                         and a[0] == torch.device("cuda") else to(x, *a, **k))
     plan, OnGpu.copies = inject.make_params(masks, seeded(0)), []
-    got = apply_plan(inject, images.as_subclass(OnGpu), masks.as_subclass(OnGpu), plan)
+    got = apply_plan(inject, images.as_subclass(OnGpu), masks.as_subclass(OnGpu), plan)[:2]
     assert OnGpu.copies == [len(plan), len(plan)] and len(plan) < len(images)
     assert same([x.as_subclass(torch.Tensor) for x in got], expected)
 

@@ -209,12 +209,12 @@ def as_array(
 
 # %% ../../nbs/10_samples.ipynb #00-data-177
 def image_advice(
-    images: np.ndarray,  # anything but uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3)
+    images: np.ndarray,  # anything but uint8 (N, H, W) or (N, H, W, C)
 ) -> str:
-    "How to turn them into uint8 (N, H, W) or (N, H, W, 3)."
+    "How to turn them into uint8 (N, H, W) or (N, H, W, C)."
     if images.dtype == np.uint8:
-        first = images.ndim == 4 and images.shape[1] in (1, 3)
-        return "channels come last: images.transpose(0, 2, 3, 1)" if first else "keep one channel (grey) or three (RGB)"
+        first = images.ndim == 4 and images.shape[1] < min(images.shape[2:])
+        return "channels come last: images.transpose(0, 2, 3, 1)" if first else "an image is (H, W), or (H, W, C)"
     if images.dtype == bool:
         return "black and white: np.uint8(255) * images"
     if images.dtype.kind not in "iuf" or not images.size:
@@ -229,17 +229,18 @@ def image_advice(
 
 # %% ../../nbs/10_samples.ipynb #00-data-178
 def as_images(
-    images,  # uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3); or a list of N images
+    images,  # uint8 (N, H, W) or (N, H, W, C), C no more than pixels a side; or a list of N images
     names: pd.Series,  # of the images
-) -> np.ndarray:  # uint8 (N, H, W), or (N, H, W, 3)
+) -> np.ndarray:  # uint8 (N, H, W), or (N, H, W, C) with C > 1
     "The images. Raises TypeError or ValueError that says what to do."
     images = as_array(images, "images", names)
     if not images.size:
         raise ValueError(f"images: expected at least one image, and pixels in it, got {images.shape}")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
-        raise ValueError(f"images: expected uint8 (N, H, W) or (N, H, W, 3), got {images.dtype} {images.shape}; "
+    last = images.ndim == 3 or images.ndim == 4 and (images.shape[3] == 3 or images.shape[3] <= min(images.shape[1:3]))
+    if images.dtype != np.uint8 or not last:
+        raise ValueError(f"images: expected uint8 (N, H, W) or (N, H, W, C), got {images.dtype} {images.shape}; "
                          f"{image_advice(images)}")
     return np.require(images, requirements="CW")
 
@@ -429,7 +430,7 @@ def check_and_warn(
 @dataclass(frozen=True, eq=False)
 class Samples:
     "Images with their masks and a table of what is known about them; indexing gives another `Samples`."
-    images: np.ndarray  # uint8 (N, H, W), or (N, H, W, 3)
+    images: np.ndarray  # uint8 (N, H, W), or (N, H, W, C) with C > 1: 3 for RGB
     masks: np.ndarray  # uint8 (N, H, W): 0 background, k = classes[k - 1], or `ignore_index`
     table: pd.DataFrame  # a row per image: name, class, tile, exposure, width and height in pixels, usable
     classes: tuple[str, ...]  # the K defect classes, 1 to 255
@@ -542,7 +543,8 @@ def show_samples(
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, mask, title in zip(axes.flat, chosen.images, chosen.masks, titles):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        grey = image.ndim == 3 and image.shape[2] != 3  # many channels: the first is drawn
+        ax.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
         draw_contours(ax, mask, ignore_index=samples.ignore_index)
         ax.set_title(drawable(title), fontsize=7, parse_math=False)
     fig.tight_layout(pad=0.3)

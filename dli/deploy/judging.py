@@ -116,7 +116,7 @@ def main_class(
     sizes = np.bincount(mask.ravel(), minlength=len(classes) + 1)[1:len(classes) + 1]
     return classes[int(sizes.argmax())] if sizes.any() else FREE
 
-# %% ../../nbs/73_judging.ipynb #bf14c0a9
+# %% ../../nbs/73_judging.ipynb #106bbafb
 def judge_images(
     predictor: Predictor,
     samples: Samples,
@@ -130,7 +130,8 @@ def judge_images(
         regions, mask = find_regions(probabilities, limits)
         one, truth = samples[i], samples.masks[i]
         known = ~find_marked(truth, samples.ignore_index)
-        pixels += np.bincount(number * truth[known].astype(int) + mask[known], minlength=number**2).reshape(pixels.shape)
+        pairs = number * truth[known].astype(int) + mask[known]
+        pixels += np.bincount(pairs, minlength=number**2).reshape(pixels.shape)
         counts.append(count_image(regions, probabilities, one))
         found = mask[known]
         rows.append(dict(name=one.table["name"][0], part=str(one.table["tile"][0]), true=one.table["class"][0],
@@ -313,11 +314,11 @@ def report_page(evaluation: Evaluation) -> str:
             body.append(f"<h2>{title}</h2>{list_html(names)}")
     return page(f"Evaluation of {Path(evaluation.model).parent.name}", "\n".join(body))
 
-# %% ../../nbs/73_judging.ipynb #5d9c09cf
+# %% ../../nbs/73_judging.ipynb #5e67746c
 def as_plain(evaluation: Evaluation) -> dict:
     "The numbers as JSON has them."
     records = lambda table, name: json.loads(table.rename_axis(name).reset_index().to_json(orient="records"))
-    square = lambda table: {name: dict(zip(table.columns, row)) for name, row in zip(table.index, table.values.tolist())}
+    square = lambda table: json.loads(table.to_json(orient="index"))
     return dict(model=evaluation.model, part=evaluation.part, facts=facts(evaluation), scores=evaluation.scores,
                 classes=records(evaluation.classes, "class"), parts=records(evaluation.parts, "part"),
                 confusion=square(evaluation.confusion), confusion_pixels=square(evaluation.confusion_pixels),

@@ -306,11 +306,11 @@ def plain_size(
     own: bool,  # the photographs are one's own
 ) -> int | tuple[int, int]:  # one number where both sides are equal
     "A size of images in one spelling. Raises ValueError."
-    pair = [whole_number("image_size", side, *SIDE) for side in (as_size(size) if isinstance(size, (list, tuple))
-                                                                  else (size, size))]
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    pair = [whole_number("image_size", side, *SIDE) for side in sides]
     if len(pair) != 2 or (pair[0] != pair[1] and not own):
-        raise ValueError(f"image_size={size!r}: expected one number" + (", or height and width" if own else
-                         ": height and width are for a data file"))
+        also = ", or height and width" if own else ": height and width are for a data file"
+        raise ValueError(f"image_size={size!r}: expected one number{also}")
     if any(side % 8 for side in pair):
         raise ValueError(f"image_size={size!r}: expected a multiple of 8 (the encoder halves it three times)")
     return pair[0] if pair[0] == pair[1] else tuple(pair)
@@ -418,12 +418,13 @@ KEY_DEFAULTS = dict(
     dice="image")
 
 
-def is_settled(
+def settled(
     config: RunConfig,
-) -> bool:
-    "Whether nothing is left to look up. Only where the data are one's own, which may lie elsewhere by now."
+) -> RunConfig:  # resolved
+    "The configuration itself where it is of photographs of one's own and all is said: they may lie elsewhere by now."
     asked = config.data, config.image_size, config.split, None if config.dtype == "auto" else config.dtype
-    return config.dataset not in ("auto", *DATASETS) and None not in asked
+    whole = config.dataset not in ("auto", *DATASETS) and None not in asked
+    return config if whole else resolve(config)
 
 
 def key_dataset(
@@ -437,7 +438,7 @@ def run_content(
     config: RunConfig,
 ) -> dict:
     "What could change the result, as far as it differs from `KEY_DEFAULTS` (what came later: from its own default)."
-    config = config if is_settled(config) else resolve(config)
+    config = settled(config)
     fixed = {name: default for name, default in TRANSFORM.items() if name not in FIELDS}  # by a method's row alone
     usual = fixed | {f.name: f.default for f in fields(config)} | KEY_DEFAULTS
     injected = METHODS[config.method].inject or {}
@@ -458,6 +459,7 @@ def run_name(
     config: RunConfig,  # resolved first (see `resolve`)
 ) -> str:
     "The name of the run's folder: method, encoder, preset, split, partition, fold, training seed, and the key."
+    config = settled(config)
     place = f"p{config.partition}f{config.fold}s{config.seed}"
     return f"{config.method}-{config.encoder}-{config.preset}-{config.split}-{place}-{run_key(config)}"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.folders import DataFile, folder_classes, folder_fingerprint, folder_sizes, read_data_file, read_folder
+from ..data.folders import (DataFile, find_entries, folder_classes, folder_fingerprint, folder_sizes, given_sides,
+                              read_data_file, read_folder)
 from ..data.magnetic import (BrokenDownload, DownloadError, fetch_magnetic_tiles, find_magnetic_tiles,
                                index_fingerprint, magnetic_tiles)
 from ..data.samples import Samples
 from ..data.splits import GIVEN
 from ..data.synthetic import SYNTHETIC_VERSION, synthetic_tiles
-from ..files import read_table
 from ..method.donors import DonorTransform
 
 # %% ../../nbs/50_datasets.ipynb #272fa29b
@@ -135,7 +135,8 @@ def common_size(
     file: DataFile,  # says neither size nor crop
 ) -> tuple[int, int]:  # height, width
     "The size that all photographs have. Raises ValueError where they have several."
-    sizes = sorted({tuple(max(round(side * file.scale), 1) for side in size) for size in folder_sizes(file)})
+    found = folder_sizes(file).values()
+    sizes = sorted({tuple(max(round(side * file.scale), 1) for side in size) for size in found})
     if len(sizes) != 1 or any(side % 8 for side in sizes[0]):
         shown = ", ".join(f"{height} x {width}" for height, width in sizes[:3])
         raise ValueError(f"{file.root}: expected photographs of one size, in multiples of 8, got {shown}: say size "
@@ -147,8 +148,8 @@ def has_split(
     file: DataFile,
 ) -> bool:
     "Whether the owner of the photographs says which of them train."
-    table = file.root / "parts.csv"
-    return bool(file.split) or (table.is_file() and "split" in read_table(table).columns)
+    names = [entry.name for entry in find_entries(file)[1].entries]
+    return given_sides(file, names) is not None
 
 # %% ../../nbs/50_datasets.ipynb #cf4aeb2d
 def file_choices(

@@ -17,7 +17,7 @@ import torch
 from ..data.samples import Samples
 from ..data.folders import DataFile, Found, find_entries, find_span
 from ..data.splits import possible_folds, split_samples
-from .config import DRAWS, INJECTION, METHODS, RunConfig, is_settled, known_name, resolve
+from .config import DRAWS, INJECTION, METHODS, RunConfig, known_name, settled
 from .datasets import DATASETS, Dataset, as_size, find_dataset, load_dataset
 from ..method.donors import DonorPool
 from ..method.injection import DynamicLabelInjection
@@ -102,7 +102,7 @@ def run_samples(
     "The samples of a run."
     if config.dataset in ("auto", *DATASETS):
         return split_run(config, decoded(config.dataset, config.image_size, config.threshold))
-    return own_samples(config if is_settled(config) else resolve(config))
+    return own_samples(settled(config))
 
 # %% ../../nbs/53_loader.ipynb #06-training-033
 def shuffled(
@@ -210,7 +210,8 @@ def run_injection(
     if METHODS[config.method].inject is None:
         return None
     dataset = find_dataset(config.dataset, config.image_size)
-    pool = DonorPool(train, dataset.transforms_of(train.classes), margin=None if config.margin == 'defect' else config.margin)
+    pool = DonorPool(train, dataset.transforms_of(train.classes), margin=config.margin,
+                     components=config.components)
     chosen = {name: getattr(config, name) for name in INJECTION}
     return DynamicLabelInjection(pool, **METHODS[config.method].inject | chosen)
 
@@ -225,7 +226,9 @@ def batches(
     "Endless training batches of a run from a step on, balanced and flipped."
     indices = drawn_indices(config, train)
     for step in itertools.count(start):
-        images, masks = as_batch(train, indices(step).numpy(), device)
+        index = indices(step).numpy()
+        images, masks = as_batch(train, index, device)
         if inject is not None:
-            images, masks = inject(images, masks, generator=chance(config.seed, "injections", step))
+            roi = None if train.roi is None else torch.from_numpy(train.roi[index]).to(device)
+            images, masks = inject(images, masks, generator=chance(config.seed, "injections", step), roi=roi)
         yield random_flips(images, masks, chance(config.seed, "flips", step))

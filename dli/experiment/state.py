@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.folders import make_plan
 from ..data.samples import Samples
 from .loader import batches, run_injection
 from .config import (RECIPE, RunConfig, evaluation_steps, key_dataset, learning_rate, resolve,
@@ -98,10 +99,13 @@ def check_samples(
 ) -> None:
     "Raise ValueError where samples are of other data than the configuration, or nothing in them can be learnt."
     own = config.dataset not in DATASETS
-    expected = f"folder {config.data}" if own else config.dataset
+    expected = [f"folder {config.data}"] if own else [config.dataset]
+    if own and train.levels is not None:  # read a second time, at the range of the training part
+        file = find_dataset(config.dataset, config.image_size).file
+        expected.append(f"folder {make_plan(file, train.levels).source}")
     for part, samples in dict(training=train, validation=val).items():
-        if samples.source != expected and (own or config.dataset in OURS):
-            raise ValueError(f"the {part} samples are of {samples.source!r}, the config is of {expected!r}: take them "
+        if samples.source not in expected and (own or config.dataset in OURS):
+            raise ValueError(f"the {part} samples are of {samples.source!r}, the config is of {expected[0]!r}: take them "
                              "from run_samples(config), or pass a config whose dataset is a data file of these "
                              "photographs, or a row of DATASETS")
     if train.clean.all():

@@ -7,12 +7,13 @@ __all__ = ['DonorTransform', 'default_margin', 'DonorPool']
 
 # %% ../../nbs/23_donors.ipynb #0657fcf9
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
-from ..data.samples import Samples, find_marked
+from ..data.samples import Samples, find_marked, find_shown
 from .blending import bounding_box, outside_compiler
 
 # %% ../../nbs/23_donors.ipynb #02-injection-009
@@ -64,6 +65,7 @@ class Donor:
     corner: tuple[int, int]        # of the crop; negative where it reaches beyond the image
     anchor: tuple[int, int]        # a pixel of the mask near its centre; a plan says where it lands
     box: tuple[int, int, int, int]  # of the mask: top, left, height, width
+    margin: int                    # pixels by which Poisson's region exceeds the mask
 
 # %% ../../nbs/23_donors.ipynb #02-injection-019
 def crop_axis(
@@ -88,23 +90,42 @@ def central_pixel(
     y, x = pixels[((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1).argmin()]
     return int(y), int(x)
 
+# %% ../../nbs/23_donors.ipynb #e15931fd
+def hide_pixels(
+    image: np.ndarray,  # uint8 (H, W) or (H, W, C)
+    hidden: np.ndarray,  # bool (H, W)
+    known: np.ndarray,  # bool (H, W), not all False: the pixels that may be shown in their place
+) -> np.ndarray:  # new, like image
+    "Hidden pixels show the nearest known one."
+    from scipy.ndimage import distance_transform_edt  # here, because it takes long to import
+
+    y, x = distance_transform_edt(~known, return_distances=False, return_indices=True)
+    shown = image.copy()
+    shown[hidden] = image[y[hidden], x[hidden]]
+    return shown
+
 # %% ../../nbs/23_donors.ipynb #02-injection-022
 def cut_donor(
-    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
+    image: np.ndarray,  # uint8 (H, W) or (H, W, C)
     mask: np.ndarray,  # bool (H, W), the pixels of one class, not empty
     transform: DonorTransform,  # of that class
     margin: int,  # pixels
     name: str = "",  # of the image
     label: int = 1,  # the class, 1..K
+    hidden: np.ndarray | None = None,  # bool (H, W): pixels that show background instead; None: none do
 ) -> Donor:
     "Cut one class out of one image."
     rows, cols = bounding_box(mask, room=0)
     (height, width), room = mask.shape, donor_room(transform, margin)
     y, ys, own_y = crop_axis(rows.start, rows.stop - 1, height, room, donor_reach(transform, height, width))
     x, xs, own_x = crop_axis(cols.start, cols.stop - 1, width, room, donor_reach(transform, width, height))
-    crop = np.ascontiguousarray(image.reshape(height, width, -1)[np.ix_(ys, xs)].transpose(2, 0, 1))
+    crop, inside = image.reshape(height, width, -1)[np.ix_(ys, xs)], mask[np.ix_(ys, xs)]
+    if hidden is not None and (beside := hidden[np.ix_(ys, xs)]).any():
+        background = ~(beside | inside)
+        crop = hide_pixels(crop, beside, background if background.any() else ~beside)
     box = (rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start)
-    return Donor(name, label, crop, mask[np.ix_(ys, xs)] & own_y[:, None] & own_x, (y, x), central_pixel(mask), box)
+    return Donor(name, label, np.ascontiguousarray(crop.transpose(2, 0, 1)), inside & own_y[:, None] & own_x, (y, x),
+                 central_pixel(mask), box, margin)
 
 # %% ../../nbs/23_donors.ipynb #02-injection-025
 def mask_extent(donor: Donor) -> np.ndarray:  # int (2, 2): first and last row; first and last column
@@ -118,6 +139,13 @@ def default_margin(
 ) -> int:  # pixels
     "Two pixels at 256, in proportion elsewhere, at least one."
     return max(round(2 * max(size) / 256), 1)
+
+# %% ../../nbs/23_donors.ipynb #0379b3e9
+def defect_margin(
+    mask: np.ndarray,  # bool (H, W), the defect
+) -> int:  # pixels
+    "The root of the defect's area / 9, at least one."
+    return max(round(math.sqrt(np.count_nonzero(mask)) / 9), 1)
 
 # %% ../../nbs/23_donors.ipynb #02-injection-029
 def class_transforms(
@@ -141,7 +169,7 @@ def class_transforms(
 
 # %% ../../nbs/23_donors.ipynb #6b2c40d2
 def hide_marked(
-    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
+    image: np.ndarray,  # uint8 (H, W) or (H, W, C)
     mask: np.ndarray,  # uint8 (H, W)
     ignore_index: int | None,  # the mask's value for pixels that count for nothing; None: there are none
 ) -> np.ndarray:  # like image; the same where nothing is marked
@@ -149,26 +177,36 @@ def hide_marked(
     marked = find_marked(mask, ignore_index)
     if not marked.any():
         return image
-    known = mask == 0 if (mask == 0).any() else ~marked
-    from scipy.ndimage import distance_transform_edt  # here, because it takes long to import
+    return hide_pixels(image, marked, mask == 0 if (mask == 0).any() else ~marked)
 
-    y, x = distance_transform_edt(~known, return_distances=False, return_indices=True)
-    shown = image.copy()
-    shown[marked] = image[y[marked], x[marked]]
-    return shown
+# %% ../../nbs/23_donors.ipynb #2244fec6
+def split_mask(
+    mask: np.ndarray,  # bool (H, W), the pixels of one class
+    components: bool,  # one piece for each connected component
+) -> Iterable[np.ndarray]:  # bool (H, W)
+    "The pieces of a mask of which each becomes a donor."
+    if not components:
+        return [mask]
+    count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    return (numbers == n for n in range(1, count))
 
 # %% ../../nbs/23_donors.ipynb #02-injection-030
 def cut_donors(
     samples: Samples,  # the training part
     transforms: list[DonorTransform],  # one per class
-    margin: int,  # pixels
+    margin: int | str,  # pixels, or "defect": see `defect_margin`
+    components: bool = False,  # a donor per connected component
 ) -> list[Donor]:
     "A donor per image and class present in its mask. Pixels that count for nothing show background, see `hide_marked`."
     donors = []
     for image, mask, name in zip(samples.images, samples.masks, samples.table["name"]):
         image = hide_marked(image, mask, samples.ignore_index)
         for k in np.flatnonzero(np.bincount(mask.ravel())[1:len(transforms) + 1]) + 1:
-            donors.append(cut_donor(image, mask == k, transforms[k - 1], margin, str(name), int(k)))
+            for piece in split_mask(mask == k, components):
+                room, hidden = defect_margin(piece) if margin == "defect" else margin, None
+                if components:
+                    hidden = (mask > 0) & ~piece
+                donors.append(cut_donor(image, piece, transforms[k - 1], room, str(name), int(k), hidden))
     if not donors:
         raise ValueError(f"DonorPool: expected samples with defects, got {len(samples)} images from "
                          f"{samples.source!r} whose masks are all 0")
@@ -177,14 +215,27 @@ def cut_donors(
 # %% ../../nbs/23_donors.ipynb #a9101329
 def check_pool(
     samples,  # expected: Samples with defects
-    margin,  # expected: pixels, or None
+    margin,  # expected: pixels, "defect", or None
+    components,  # expected: True or False
 ) -> None:
     "Raise an error for anything else."
     if not isinstance(samples, Samples):
         raise TypeError("DonorPool: expected Samples (images, masks and their table, see dli.data), "
                         f"got {type(samples).__name__}")
-    if margin is not None and (not isinstance(margin, (int, np.integer)) or margin < 0):
-        raise ValueError(f"margin: expected a whole number of pixels, 0 or more, got {margin!r}")
+    whole = isinstance(margin, (int, np.integer)) and not isinstance(margin, bool) and margin >= 0
+    if margin is not None and not whole and not (isinstance(margin, str) and margin == "defect"):
+        raise ValueError(f"margin: expected a whole number of pixels, 0 or more, got {margin!r}; "
+                         "None follows the size of the images, and 'defect' that of each defect")
+    if not isinstance(components, (bool, np.bool_)):
+        raise TypeError(f"components: expected True or False, got {components!r}")
+
+# %% ../../nbs/23_donors.ipynb #0ad1d293
+def count_clean(
+    samples: Samples,
+) -> int:
+    "Images that show no defect, and have a pixel that counts: only such images can receive one."
+    plain = np.flatnonzero(~find_shown(samples.masks, samples.classes).any(1))
+    return sum(not find_marked(samples.masks[i], samples.ignore_index).all() for i in plain)
 
 # %% ../../nbs/23_donors.ipynb #02-injection-031
 class DonorPool:
@@ -195,21 +246,24 @@ class DonorPool:
         self,
         samples: Samples,  # the **training** part: a validation defect must never be injected
         transforms: Mapping[str, DonorTransform] | None = None,  # by class name; others get `DonorTransform()`
-        margin: int | None = None,  # pixels by which Poisson's region exceeds the mask; None: see `default_margin`
+        margin: int | str | None = None,  # pixels that Poisson adds; "defect": `defect_margin`; None: `default_margin`
+        components: bool = False,  # a donor per connected component; False: per image and class
     ):
         "Raises ValueError if the samples hold no defect or a transform names no class; TypeError for other types."
-        check_pool(samples, margin)
+        check_pool(samples, margin, components)
         self.classes, self.ignore_index = tuple(samples.classes), samples.ignore_index
         self.size = tuple(samples.masks.shape[1:])
-        self.channels = 1 if samples.images.ndim == 3 else 3
+        self.channels = 1 if samples.images.ndim == 3 else samples.images.shape[3]
         self.margin = default_margin(self.size) if margin is None else margin
+        self.clean = count_clean(samples)
         self.transforms = class_transforms(self.classes, transforms)
-        self.donors = cut_donors(samples, self.transforms, self.margin)
+        self.donors = cut_donors(samples, self.transforms, self.margin, components)
         self.labels = np.array([d.label for d in self.donors])
         self.anchors = np.array([d.anchor for d in self.donors])
         self.boxes = np.array([d.box for d in self.donors])
         self.corners = np.array([d.corner for d in self.donors])
         self.extents = np.array([mask_extent(d) for d in self.donors])
+        self.margins = np.array([d.margin for d in self.donors])
 
     def __len__(self) -> int:
         return len(self.donors)
@@ -222,4 +276,5 @@ class DonorPool:
     def __repr__(self) -> str:
         size = sum(d.image.nbytes + d.mask.nbytes for d in self.donors) / 1e6
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        return f"DonorPool({counts}; margin {self.margin}, {size:.1f} MB)"
+        low, high = self.margins.min(), self.margins.max()
+        return f"DonorPool({counts}; margin {low if low == high else f'{low} to {high}'}, {size:.1f} MB)"

@@ -19,24 +19,27 @@ from .blending import BLENDS, POISSON_DTYPES, BlendOptions, copy_batch, outside_
 from .donors import DonorPool
 from .plan import (InjectionPlan, Shown, check_generator, check_numbers, check_plan, check_type,
                              look_at, plan_batch)
-from .placing import blend_all, place_donors, write_label
+from .placing import as_roi, blend_all, keep_inside, place_donors, write_label
 
 # %% ../../nbs/26_injection.ipynb #02-injection-101
 def value_limits(
     images: torch.Tensor,  # not empty
 ) -> tuple[float, float]:  # the smallest and the largest value; NaN if there is one
-    "On the CPU with NumPy, by one thread."
+    "On the CPU with NumPy, by one thread; NumPy has no bfloat16."
+    images = images.detach()
+    if images.dtype == torch.bfloat16 or images.device.type != "cpu":
+        images = images.float()
     if images.device.type != "cpu":
         return tuple(x.item() for x in images.aminmax())
-    values = images.detach().numpy()
+    values = images.numpy()
     return values.min().item(), values.max().item()
 
 
 def check_values(
-    images: torch.Tensor,  # expected: floats in 0..1, or uint8
+    images: torch.Tensor,  # expected: floats in 0..1, uint8 or uint16
 ) -> None:
     "Raise a ValueError for NaN and for floats outside [0, 1]; rounding errors are accepted."
-    if images.dtype == torch.uint8 or not images.numel():
+    if not images.is_floating_point() or not images.numel():
         return
     low, high = value_limits(images)
     if low >= -1e-4 and high <= 1 + 1e-4:
@@ -49,7 +52,7 @@ def check_values(
 
 # %% ../../nbs/26_injection.ipynb #02-injection-101b
 def doubt_scale(
-    images: torch.Tensor,  # uint8, or floats in 0..1
+    images: torch.Tensor,  # uint8, uint16, or floats in 0..1
 ) -> str | None:  # a warning, or None
     "Whether all values of a batch are so small that they must have been scaled wrongly."
     if not images.numel():
@@ -58,32 +61,38 @@ def doubt_scale(
     if images.dtype == torch.uint8 and high == 1:
         return ("images: the largest byte is 1 of 255. Were floats of 0..1 cast to uint8? "
                 "Multiply them by 255 before, or pass the floats")
-    if images.dtype != torch.uint8 and 0 < high < 1.5 / 255:
+    if images.dtype == torch.uint16 and 0 < high < 4096:
+        return (f"images: the largest number is {high:.0f} of 65535. Are they of 12 bits or fewer? White is 65535: "
+                "scale them as the samples of the pool were scaled, whose 255 becomes 65535")
+    if images.is_floating_point() and 0 < high < 1.5 / 255:
         return (f"images: the largest float is {high:.2g}. Were the images divided by 255 twice? "
                 "Expected are floats in 0..1")
     return None
 
 # %% ../../nbs/26_injection.ipynb #02-injection-102
+IMAGE_DTYPES = (*POISSON_DTYPES, torch.uint16, torch.float16, torch.bfloat16)
+
+
 def check_images(
-    images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
-    channels: int,  # of the donors
+    images: torch.Tensor,  # expected: (B, C, H, W), one of `IMAGE_DTYPES`
+    channels: int,  # of the donors: 1, or C
 ) -> None:
     "Raise an error that says what was expected and what came. Values are not looked at."
     check_tensor("images", images)
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or not images.shape[1]:
         swapped = ". Were images and masks swapped?" if images.ndim == 3 and images.dtype in MASK_DTYPES else ""
-        raise ValueError(f"images: expected (B, C, H, W) with C = 1 or 3, got {tuple(images.shape)}{swapped}")
-    if images.dtype not in POISSON_DTYPES:
-        remedy = "images.to(torch.uint8), if they are in 0..255"
-        if images.is_floating_point():
-            remedy = "images.float(); convert the result afterwards"
-        raise ValueError(f"images: expected uint8, or float32 or float64 in 0..1, got {images.dtype}: pass {remedy}")
-    if images.shape[1] < channels:
-        raise ValueError("images: expected 3 channels like the donors, got 1; make the pool from grey samples")
+        raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}{swapped}")
+    if images.dtype not in IMAGE_DTYPES:
+        remedy = "images.float()" if images.is_floating_point() else "images.to(torch.uint8), if they are in 0..255"
+        raise ValueError("images: expected uint8, uint16 or floats in 0..1 (float16, bfloat16, float32, float64), "
+                         f"got {images.dtype}: pass {remedy}")
+    if channels not in (1, images.shape[1]):
+        raise ValueError(f"images: expected {channels} channels like the donors, got {images.shape[1]}; "
+                         "make the pool from samples with as many channels, or from grey samples")
 
 # %% ../../nbs/26_injection.ipynb #e6f7b09e
 def check_batch(
-    images: torch.Tensor,  # expected: (B, C, H, W), C = 1 or 3, uint8, float32 or float64
+    images: torch.Tensor,  # expected: (B, C, H, W), one of `IMAGE_DTYPES`
     masks: torch.Tensor,  # expected: (B, H, W), one of `MASK_DTYPES`, on the same device
     channels: int,  # of the donors
     classes: int | None = None,  # K, where it is known
@@ -92,9 +101,28 @@ def check_batch(
     check_images(images, channels)
     check_masks(masks, classes)
     if masks.shape != images[:, 0].shape or masks.device != images.device:
+        last = masks.shape == images.shape[:3]
         raise ValueError(f"masks: expected {tuple(images[:, 0].shape)} on {images.device} like the images, "
-                         f"got {tuple(masks.shape)} on {masks.device}")
+                         f"got {tuple(masks.shape)} on {masks.device}"
+                         f"{'. Channels come second: pass images.permute(0, 3, 1, 2)' * last}")
     check_values(images)
+
+# %% ../../nbs/26_injection.ipynb #79ccf746
+def to_working(
+    images: torch.Tensor,  # one of `IMAGE_DTYPES`
+) -> torch.Tensor:  # uint8, float32 or float64
+    "Images in a type that blends compute with; as they are, if they have one."
+    if images.dtype in POISSON_DTYPES:
+        return images
+    return images.float() / 65535 if images.dtype == torch.uint16 else images.float()
+
+
+def from_working(
+    images: torch.Tensor,  # of `to_working`
+    dtype: torch.dtype,  # one of `IMAGE_DTYPES`
+) -> torch.Tensor:
+    "Undo `to_working`."
+    return ((images * 65535).round() if dtype == torch.uint16 else images).to(dtype)
 
 # %% ../../nbs/26_injection.ipynb #02-injection-105
 @dataclass
@@ -104,20 +132,27 @@ class InjectionStats:
     batches: int = 0          # batches seen
     images: int = 0           # images in them
     clean: int = 0            # of those: defect-free before the injection
+    faint: int = 0            # injections that were pasted because their blend could hardly be seen (`min_contrast`)
+    outside: int = 0          # images that got no injection because the donor has no room in their `roi`
 
 # %% ../../nbs/26_injection.ipynb #02-injection-106
 def explain_nothing(
     stats: InjectionStats,  # with no injection
+    pool: DonorPool,
+    fill: str | float,  # of the injection
 ) -> str:
     "Why nothing was injected, most likely."
     if not stats.clean:
-        return ("no image was defect-free, that is, had a mask of zeros only: "
-                "draw batches that hold defect-free images, too; is the background 0 in the masks?")
+        return ("no image was defect-free, that is, had a mask of zeros only: draw batches that hold defect-free "
+                f"images, too{' (none of the samples of the pool is)' * (not pool.clean)}; "
+                "is the background 0 in the masks?")
+    if stats.outside:
+        return f"no donor has room inside the roi ({stats.outside} images): is it True where a defect may be injected?"
+    if not isinstance(fill, str):
+        return f"at least the share fill={fill} of the images showed a defect already: use a larger share"
     if stats.clean == stats.images:
         return ("all images were defect-free, and fill='uniform' has nothing to balance then: "
                 "are the masks loaded? Otherwise use fill='all'")
-    if len(stats.injected) == 1:
-        return "there is one class, and fill='uniform' has nothing to balance it with: use fill='all'"
     return "no class that has donors was ever rarer than another: draw larger batches, or use fill='all'"
 
 # %% ../../nbs/26_injection.ipynb #02-injection-107
@@ -128,21 +163,26 @@ if hasattr(os, "register_at_fork"):  # a fork may come at such a moment
 
 # %% ../../nbs/26_injection.ipynb #02-injection-108
 def update_stats(
-    stats: InjectionStats,  # altered
-    pool: DonorPool,
+    inject: "DynamicLabelInjection",  # its stats are altered
     shown: Shown,  # in the masks given
     plan: InjectionPlan,  # what was done
+    faint: int,  # injections that were pasted in place of a blend
+    outside: int,  # images without room
 ) -> None:
-    "Count what was done; warn once when there was nothing to count for `PATIENCE` batches."
+    "Count what was done; warn once when there was nothing to count for `PATIENCE` batches, or hardly can be."
+    stats, pool = inject.stats, inject.pool
     with COUNTING:
         for k in plan.label:
             stats.injected[pool.classes[k - 1]] += 1
         stats.batches, stats.images = stats.batches + 1, stats.images + len(shown.classes)
         stats.clean += len(shown.clean)
-        nothing = stats.batches == PATIENCE and not any(stats.injected.values())
+        stats.faint, stats.outside = stats.faint + faint, stats.outside + outside
+        patience = PATIENCE if pool.clean or stats.clean else 1
+        nothing = stats.batches == patience and not any(stats.injected.values())
     if nothing:
-        warn_caller(f"DynamicLabelInjection: nothing injected in {PATIENCE} batches of {stats.images} images: "
-                    f"{explain_nothing(stats)} ({pool})")
+        batches = f"{patience} batches" if patience > 1 else "the first batch"
+        warn_caller(f"DynamicLabelInjection: nothing injected in {batches} of {stats.images} images: "
+                    f"{explain_nothing(stats, pool, inject.fill)} ({pool})")
 
 # %% ../../nbs/26_injection.ipynb #02-injection-112g
 def goes_through_cpu(
@@ -156,6 +196,28 @@ def goes_through_cpu(
 CHOICES = dict(fill=("uniform", "all"), choose=("rarest", "random"), region=("exact", "image"))
 
 
+def is_number(
+    value,  # anything
+) -> bool:
+    "Whether a value is a plain number; True and False are none."
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def check_fill(
+    fill,  # expected: a name in `CHOICES`, or a number between 0 and 1
+    classes: tuple[str, ...],  # of the pool
+) -> None:
+    "Raise a ValueError for anything else, and for what would never inject."
+    known = isinstance(fill, str) and fill in CHOICES["fill"]
+    if not known and not (is_number(fill) and 0 < fill < 1):
+        raise ValueError("fill: expected one of uniform, all, or a number between 0 and 1, the share of a batch that "
+                         f"shows a defect in the end; got {fill!r}")
+    if fill == "uniform" and len(classes) == 1:
+        raise ValueError(f"fill: 'uniform' never injects anything with one class ({classes[0]!r}): it raises each "
+                         "class to the most frequent one, and there is no other. Pass fill=0.5 for defects in half of "
+                         "each batch, or fill='all' for one in every clean image")
+
+# %% ../../nbs/26_injection.ipynb #cef6fc39
 def check_choices(
     inject: "DynamicLabelInjection",  # its fields are checked
 ) -> None:
@@ -165,7 +227,11 @@ def check_choices(
                         "make one by DonorPool(samples)")
     if isinstance(inject.p_poisson, str) or not 0 <= inject.p_poisson <= 1:
         raise ValueError(f"p_poisson: expected 0..1, got {inject.p_poisson!r}")
-    for name, known in (CHOICES | dict(blend=tuple(BLENDS))).items():
+    if not is_number(inject.min_contrast) or not 0 <= inject.min_contrast <= 1:
+        raise ValueError(f"min_contrast: expected 0..1, a share of the label's pixels, got {inject.min_contrast!r}")
+    check_fill(inject.fill, inject.pool.classes)
+    choices = dict(choose=CHOICES["choose"], region=CHOICES["region"], blend=tuple(BLENDS))
+    for name, known in choices.items():
         if (value := getattr(inject, name)) not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     for name in ("mix_gradients", "grow_label"):
@@ -176,12 +242,8 @@ def check_choices(
 # %% ../../nbs/26_injection.ipynb #02-injection-115a
 def find_impossible(
     pool: DonorPool,
-    fill: str,  # "uniform" or "all"
 ) -> str | None:  # a warning, or None
     "What will never be injected."
-    if len(pool.classes) == 1 and fill == "uniform":
-        return (f"DynamicLabelInjection: fill='uniform' never injects anything with one class ({pool.classes[0]!r}): "
-                "it raises each class to the most frequent one, and there is no other. Pass fill='all'")
     if without := [name for name, donors in pool.counts.items() if not donors]:
         return (f"DynamicLabelInjection: never injected for want of donors: {', '.join(without)} ({pool}). "
                 "Do the training samples show them?")
@@ -230,26 +292,42 @@ def examine(
 def decide(
     inject: "DynamicLabelInjection",
     shown: Shown,  # in the batch
-    size: tuple[int, int],  # of its images: height, width
+    shape: tuple[int, int, int],  # of its masks: (B, H, W)
     generator: torch.Generator | None,  # on the CPU; None: torch's global one
-) -> InjectionPlan:
+    roi: torch.Tensor | None,  # bool (H, W) or (B, H, W): where a defect may be injected; None: anywhere
+) -> tuple[InjectionPlan, int]:  # the plan; how many images got no injection because the donor has no room in the roi
     "Steps a to d for a batch."
-    return plan_batch(inject.pool, shown, size, inject.p_poisson, inject.fill, inject.choose, generator, inject.blend)
+    where = None if roi is None else as_roi(roi, shape)
+    plan = plan_batch(inject.pool, shown, tuple(shape[1:]), inject.p_poisson, inject.fill, inject.choose, generator,
+                      inject.blend)
+    if where is None:
+        return plan, 0
+    inside = keep_inside(inject.pool, plan, where, generator)
+    return inside, len(plan) - len(inside)
 
 # %% ../../nbs/26_injection.ipynb #cd98d59f
 def apply_here(
     inject: "DynamicLabelInjection",
-    images: torch.Tensor,  # (B, C, H, W)
+    images: torch.Tensor,  # (B, C, H, W) uint8, float32 or float64
     masks: torch.Tensor,  # (B, H, W)
     plan: InjectionPlan,
-) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # new images and masks; injections pasted in place of a blend
     "Step e for a whole plan, on the device of the images."
     placements = place_donors(inject.pool, plan, images)
     images, masks = copy_batch(images), copy_batch(masks)
-    options = BlendOptions(inject.pool.margin, inject.mix_gradients, inject.region == "image")
-    for placement, region in blend_all(images, placements, options):
+    options = BlendOptions(mix_gradients=inject.mix_gradients, whole=inject.region == "image")
+    blended = blend_all(images, placements, options, inject.min_contrast)
+    for placement, region in blended:
         write_label(masks, placement, region if inject.grow_label else placement.mask, inject.ignore_index)
-    return images, masks
+    faint = sum(p.blend == "cutpaste" for p, _ in blended) - sum(p.blend == "cutpaste" for p in placements)
+    return images, masks, faint
+
+# %% ../../nbs/26_injection.ipynb #0b4ca3ad
+def bits(
+    x: torch.Tensor,
+) -> torch.Tensor:  # a view
+    "Sixteen-bit numbers as signed ones, which every device can index."
+    return x.view(torch.int16) if x.dtype == torch.uint16 else x
 
 
 def apply_plan(
@@ -257,15 +335,20 @@ def apply_plan(
     images: torch.Tensor,  # (B, C, H, W)
     masks: torch.Tensor,  # (B, H, W)
     plan: InjectionPlan,
-) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, on the device of those given
-    "Step e for a whole plan, by the faster way: see `goes_through_cpu`."
-    if not goes_through_cpu(images.device, plan):
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # new images and masks, on their device; see `apply_here`
+    "Step e for a whole plan, by the faster way (see `goes_through_cpu`), in a type that blends compute with."
+    away = goes_through_cpu(images.device, plan)
+    if not away and images.dtype in POISSON_DTYPES:
         return apply_here(inject, images, masks, plan)
     rows, after = torch.from_numpy(plan.target).to(images.device), (images.detach().clone(), masks.detach().clone())
-    there = apply_here(inject, *(x[rows].cpu() for x in after), replace(plan, target=np.arange(len(plan))))
+    chosen = [bits(x)[rows].view(x.dtype) for x in after]
+    if away:
+        chosen = [x.cpu() for x in chosen]
+    *there, faint = apply_here(inject, to_working(chosen[0]), chosen[1], replace(plan, target=np.arange(len(plan))))
+    there[0] = from_working(there[0], images.dtype)
     for x, changed in zip(after, there):
-        x[rows] = changed.to(x.device)
-    return after
+        bits(x)[rows] = bits(changed).to(x.device)
+    return *after, faint
 
 # %% ../../nbs/26_injection.ipynb #02-injection-118
 @dataclass(eq=False)
@@ -276,13 +359,14 @@ class DynamicLabelInjection:
     for an unknown choice, TypeError for another type; warns of injections that can never happen."""
     pool: DonorPool              # the defects to inject, from the training part
     p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
-    fill: str = "uniform"        # when to stop: "uniform", at equal classes; "all", when no clean image is left
+    fill: str | float = "uniform"  # stop at equal classes; "all": with no clean image; 0..1: with this share defective
     choose: str = "rarest"       # the class (step a): "rarest"; "random", as many injections, distributed like the pool
     mix_gradients: bool = False  # Poisson: per edge the stronger gradient of donor and target
     region: str = "exact"        # Poisson: "exact", the mask and its margin; "image", the whole image, like the authors
     grow_label: bool = False     # label all that a blend replaced, the margin too, as the authors do
     ignore_index: int | None = None  # the masks' value for pixels that count for nothing and keep it; None: the pool's
     blend: str = "poisson"       # name in `BLENDS` of the blend that `p_poisson` is the probability of
+    min_contrast: float = 0      # 0..1: a blend that changes a smaller share of its label visibly is cut-pasted; 0: off
 
     @outside_compiler
     def __post_init__(self):
@@ -291,7 +375,7 @@ class DynamicLabelInjection:
             self.ignore_index = self.pool.ignore_index
         self.stats = InjectionStats(dict.fromkeys(self.pool.classes, 0))
         self.said = set()  # topics of warnings
-        if impossible := find_impossible(self.pool, self.fill):
+        if impossible := find_impossible(self.pool):
             warn_caller(impossible)
 
     @outside_compiler
@@ -299,38 +383,40 @@ class DynamicLabelInjection:
         self,
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`: 0 background, 1..K; defect-free = all zero
         generator: torch.Generator | None = None,  # on the CPU; None: torch's global one (reseeded in each worker)
+        roi: torch.Tensor | None = None,  # bool (H, W) or (B, H, W): where a defect may be injected; None: anywhere
     ) -> InjectionPlan:
         "Decide everything random, once, on the CPU (steps a to d). Raises an error if the arguments do not fit."
         check_generator(generator)
         shown = look_at(masks, len(self.pool.classes), self.ignore_index)
-        return decide(self, shown, tuple(masks.shape[1:]), generator)
+        return decide(self, shown, masks.shape, generator, roi)[0]
 
     @outside_compiler
     def transform(
         self,
-        images: torch.Tensor,  # (B, C, H, W), C = 1 or 3: uint8, or floats in 0..1; any device
+        images: torch.Tensor,  # (B, C, H, W), one of `IMAGE_DTYPES`; floats are in 0..1; any device
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
         plan: InjectionPlan,  # made for these masks and this pool
     ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
         "Apply a plan, with the same result each time, to the last bit. Raises ValueError if the arguments do not fit."
         examine(self, images, masks)
         check_plan(plan, self.pool, images)
-        return apply_plan(self, images, masks, plan)
+        return apply_plan(self, images, masks, plan)[:2]
 
     @outside_compiler
     def __call__(
         self,
-        images: torch.Tensor,  # (B, C, H, W), C = 1 or 3: uint8, or floats in 0..1; any device
+        images: torch.Tensor,  # (B, C, H, W), one of `IMAGE_DTYPES`; floats are in 0..1; any device
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
         generator: torch.Generator | None = None,  # on the CPU; None: torch's global one (reseeded in each worker)
+        roi: torch.Tensor | None = None,  # bool (H, W) or (B, H, W): where a defect may be injected; None: anywhere
     ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, like those given, detached
         "Inject: `transform` by the plan of `make_params`, and count. Raises an error if the arguments do not fit."
         check_generator(generator)
         shown = examine(self, images, masks)
-        plan = decide(self, shown, tuple(masks.shape[1:]), generator)
-        after = apply_plan(self, images, masks, plan)
-        update_stats(self.stats, self.pool, shown, plan)
-        return after
+        plan, outside = decide(self, shown, masks.shape, generator, roi)
+        *after, faint = apply_plan(self, images, masks, plan)
+        update_stats(self, shown, plan, faint, outside)
+        return tuple(after)
 
 # %% ../../nbs/26_injection.ipynb #02-injection-123a
 def check_shown(
@@ -369,8 +455,9 @@ def show_injection(
     from dli.pictures import draw_contours
 
     for ax, x in zip(axes, (before, after)):
+        x = to_working(x.detach().cpu() if len(x) in (1, 3) else x[:1].detach().cpu())
         white = 255 if x.dtype == torch.uint8 else 1
-        ax.imshow(x.detach().cpu().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=white)
+        ax.imshow(x.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=white)
     draw_contours(axes[1], mask.cpu().numpy(), linewidth=0.7, ignore_index=ignore_index)
 
 # %% ../../nbs/26_injection.ipynb #02-injection-124

@@ -7,16 +7,17 @@ __all__ = []
 
 # %% ../../nbs/25_placing.ipynb #4f3174be
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import torch
 
-from ..data.masks import find_ignored
-from .blending import BLENDS, BlendOptions
+from ..data.masks import check_tensor, find_ignored
+from .blending import BLENDS, BlendOptions, bounding_box, grow_window, paste_donors
 from .donors import Donor, DonorPool
-from .plan import InjectionPlan, linear_map
+from .plan import InjectionPlan, linear_map, take_rows
 
 # %% ../../nbs/25_placing.ipynb #02-injection-069
 def target_windows(
@@ -28,7 +29,8 @@ def target_windows(
     maps, extents = linear_map(plan.hflip, plan.vflip, plan.angle, plan.scale), pool.extents[plan.donor]
     corners = np.stack([extents[:, [0, 1], [i, j]] for i in (0, 1) for j in (0, 1)], 1)
     landed = corners @ maps.transpose(0, 2, 1) + np.stack([plan.y, plan.x], 1)[:, None]
-    low, high = np.floor(landed.min(1)) - pool.margin - 1, np.ceil(landed.max(1)) + pool.margin + 2
+    room = pool.margins[plan.donor][:, None]
+    low, high = np.floor(landed.min(1)) - room - 1, np.ceil(landed.max(1)) + room + 2
     return np.clip(np.stack([low, high], 2), 0, np.array(size)[:, None]).astype(int)
 
 # %% ../../nbs/25_placing.ipynb #02-injection-072
@@ -81,6 +83,7 @@ class Placement:
     blend: str                     # name in `BLENDS`
     patch: torch.Tensor            # (C, h, w), its pixels, like the target's
     mask: torch.Tensor             # bool (h, w), its mask
+    margin: int                    # pixels around the mask that a blend may change, too
 
 # %% ../../nbs/25_placing.ipynb #02-injection-083
 def fit_patch(
@@ -95,23 +98,32 @@ def fit_patch(
     return torch.from_numpy(patch).expand(like.shape[1], -1, -1).to(like.device)
 
 # %% ../../nbs/25_placing.ipynb #02-injection-088
+def lay_donors(
+    pool: DonorPool,
+    plan: InjectionPlan,
+    size: tuple[int, int],  # of the targets: height, width
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:  # window int (2, 2), patch (C, h, w), mask bool (h, w)
+    "Step c for a whole plan: each donor over its window, see `target_windows`."
+    windows, turned = target_windows(pool, plan, size), (plan.angle != 0) | (plan.scale != 1)
+    starts, steps = crop_places(pool, plan, windows)
+    for i, window in enumerate(windows):
+        place = place_turned if turned[i] else place_straight
+        yield window, *place(pool.donors[plan.donor[i]], starts[i], steps[i], window[:, 1] - window[:, 0])
+
+
 def place_donors(
     pool: DonorPool,
     plan: InjectionPlan,
     images: torch.Tensor,  # (B, C, H, W), the targets
 ) -> list[Placement]:  # one per injection, but for those of which nothing is left
-    "Step c for a whole plan. Computed on the CPU, so that it is the same to the bit for every device."
-    windows, turned = target_windows(pool, plan, images.shape[2:]), (plan.angle != 0) | (plan.scale != 1)
-    starts, steps = crop_places(pool, plan, windows)
+    "The donors ready to be blended. Computed on the CPU, so that it is the same to the bit for every device."
     placements = []
-    for i, window in enumerate(windows):
-        place = place_turned if turned[i] else place_straight
-        patch, mask = place(pool.donors[plan.donor[i]], starts[i], steps[i], window[:, 1] - window[:, 0])
+    for i, (window, patch, mask) in enumerate(lay_donors(pool, plan, images.shape[2:])):
         if mask.any():
             where = tuple(slice(*side) for side in window.tolist())
             mask = torch.from_numpy(mask).to(images.device)
             placements.append(Placement(int(plan.target[i]), where, int(plan.label[i]), plan.blend[i],
-                                        fit_patch(patch, images), mask))
+                                        fit_patch(patch, images), mask, int(pool.margins[plan.donor[i]])))
     return placements
 
 # %% ../../nbs/25_placing.ipynb #02-injection-095
@@ -140,25 +152,59 @@ def check_regions(
             raise ValueError(f"blend {name!r}: expected regions like the masks, torch.bool {tuple(mask.shape)}, "
                              f"got {found[0]} {found[1]}")
 
+# %% ../../nbs/25_placing.ipynb #ae8cbdae
+FAINT = 12 / 255  # of the range: a change of so much can hardly be seen
+
+
+def changed_share(
+    before: torch.Tensor,  # (C, h, w) uint8, or float in 0..1
+    after: torch.Tensor,  # like before
+    mask: torch.Tensor,  # bool (h, w), not empty
+) -> float:  # 0..1
+    "The share of the mask where some channel differs by more than 12 grey levels."
+    levels = 255 if before.dtype == torch.uint8 else 1
+    steps = (after.double() - before.double()).abs().amax(0)[mask]
+    return (steps > levels * FAINT).double().mean().item()
+
+# %% ../../nbs/25_placing.ipynb #b3ba0891
+def paste_faint(
+    done: list[tuple[Placement, torch.Tensor]],  # each placement, and what was replaced
+    targets: list[torch.Tensor],  # their windows (C, h, w), blended: altered in place
+    before: list[torch.Tensor],  # the same, as they were
+    min_contrast: float,  # 0..1: least share of the label that must be seen
+) -> list[tuple[Placement, torch.Tensor]]:  # like done; the blend of those that were pasted is "cutpaste"
+    "Cut-paste where a blend can hardly be seen."
+    kept = []
+    for (p, region), target, old in zip(done, targets, before, strict=True):
+        if changed_share(old, target, p.mask) < min_contrast:
+            target.copy_(old)
+            paste_donors([target], [p.patch], [p.mask], BlendOptions())
+            p, region = replace(p, blend="cutpaste"), p.mask
+        kept.append((p, region))
+    return kept
+
 # %% ../../nbs/25_placing.ipynb #02-injection-094a
 def blend_all(
     images: torch.Tensor,  # (B, C, H, W), the targets: altered in place
     placements: list[Placement],  # one per target at most
-    options: BlendOptions,
+    options: BlendOptions,  # its margin is that of each placement
+    min_contrast: float = 0,  # 0..1: see `paste_faint`
 ) -> list[tuple[Placement, torch.Tensor]]:  # each placement, and bool (h, w): what was replaced in its window
-    "Step e: write the blends into `images`, those of one name together."
+    "Step e: write the blends into `images`, those of one name and margin together."
     if options.whole:
         placements = [widen_placement(p, images[p.target]) for p in placements]
     groups = defaultdict(list)
     for p in placements:
-        groups[p.blend].append(p)
+        groups[p.blend, p.margin].append(p)
     blended = []
-    for name, group in groups.items():
+    for (name, margin), group in groups.items():
         targets = [images[p.target][(slice(None), *p.window)] for p in group]
         masks = [p.mask for p in group]
-        regions = list(BLENDS[name](targets, [p.patch for p in group], masks, options))
+        before = [target.clone() for target in targets] if min_contrast and name != "cutpaste" else []
+        regions = list(BLENDS[name](targets, [p.patch for p in group], masks, replace(options, margin=margin)))
         check_regions(name, regions, masks)
-        blended += zip(group, regions, strict=True)
+        done = list(zip(group, regions, strict=True))
+        blended += paste_faint(done, targets, before, min_contrast) if before else done
     return blended
 
 # %% ../../nbs/25_placing.ipynb #02-injection-096
@@ -176,3 +222,78 @@ def write_label(
         np.copyto(view.numpy(), placement.label, where=where.numpy())
     else:
         view.masked_fill_(where, placement.label)
+
+# %% ../../nbs/25_placing.ipynb #e8e9bacf
+def as_roi(
+    roi,  # expected: bool (H, W) or (B, H, W)
+    shape: tuple[int, int, int],  # of the masks: (B, H, W)
+) -> np.ndarray:  # bool (B, H, W)
+    "Where a defect may be injected, for each image. Raises TypeError or ValueError."
+    check_tensor("roi", roi)
+    if roi.dtype != torch.bool:
+        raise TypeError(f"roi: expected True where a defect may be injected, got {roi.dtype}: pass roi > 0")
+    if tuple(roi.shape) not in (tuple(shape), tuple(shape[1:])):
+        raise ValueError(f"roi: expected {tuple(shape[1:])} for all images or {tuple(shape)} for each, "
+                         f"got {tuple(roi.shape)}")
+    return np.broadcast_to(roi.detach().cpu().numpy(), shape)
+
+# %% ../../nbs/25_placing.ipynb #64729b6d
+def find_inside(
+    pool: DonorPool,
+    plan: InjectionPlan,  # n injections
+    roi: np.ndarray,  # bool (B, H, W)
+) -> np.ndarray:  # bool (n,)
+    "Which injections lie inside the region with all that they may change, as far as the image goes."
+    inside = []
+    for row, (window, _, mask) in enumerate(lay_donors(pool, plan, roi.shape[1:])):
+        where = tuple(slice(*side) for side in window.tolist())
+        region = grow_window(torch.from_numpy(mask), int(pool.margins[plan.donor[row]])).numpy()
+        inside.append(bool(mask.any() and roi[plan.target[row]][where][region].all()))
+    return np.array(inside, bool)
+
+# %% ../../nbs/25_placing.ipynb #5227fcb9
+def alone(
+    pool: DonorPool,
+    plan: InjectionPlan,  # one injection
+) -> tuple[np.ndarray, tuple[int, int]]:  # bool (h, w); row and column of the anchor in it
+    "The shape of all that an injection may change, nothing cut off."
+    margin, farthest = int(pool.margins[plan.donor[0]]), np.abs(pool.extents[plan.donor[0]]).max()
+    reach = int(np.ceil(farthest * np.sqrt(2) * plan.scale[0])) + margin + 3
+    (window, _, mask), = lay_donors(pool, replace(plan, y=[reach], x=[reach]), (2 * reach + 1, 2 * reach + 1))
+    shape = grow_window(torch.from_numpy(mask), margin).numpy()
+    box = bounding_box(shape, room=0)
+    return shape[box], tuple(reach - first - side.start for first, side in zip(window[:, 0].tolist(), box))
+
+# %% ../../nbs/25_placing.ipynb #4dcd5caf
+def find_places(
+    roi: np.ndarray,  # bool (H, W)
+    shape: np.ndarray,  # bool (h, w)
+    anchor: tuple[int, int],  # row and column in the shape
+    beyond: bool,  # whether the shape may reach beyond the image
+) -> np.ndarray:  # bool (H, W)
+    "Where the anchor may lie so that the shape lies inside the region."
+    height, width = shape.shape
+    edges = dict(borderType=cv2.BORDER_CONSTANT, value=0.0 if beyond else 1.0)
+    closed = cv2.copyMakeBorder((~roi).astype(np.float64), height, height, width, width, **edges)
+    hits = cv2.filter2D(closed, cv2.CV_64F, shape.astype(np.float64), anchor=anchor[::-1])
+    return roi & (hits[height:-height, width:-width] < 0.5)
+
+# %% ../../nbs/25_placing.ipynb #0ea44efb
+def keep_inside(
+    pool: DonorPool,
+    plan: InjectionPlan,
+    roi: np.ndarray,  # bool (B, H, W): where a defect may be injected
+    generator: torch.Generator | None = None,  # on the CPU; None: torch's global one
+) -> InjectionPlan:  # without those that fit nowhere
+    "Move injections into the region."
+    chance = torch.rand(len(plan), generator=generator, dtype=torch.float64, device="cpu").numpy()
+    y, x = plan.y.copy(), plan.x.copy()
+    for i in np.flatnonzero(~find_inside(pool, plan, roi)):
+        region, row = roi[plan.target[i]], take_rows(plan, [i])
+        for beyond in (False, True):
+            places = np.flatnonzero(find_places(region, *alone(pool, row), beyond))
+            if len(places):
+                y[i], x[i] = np.unravel_index(places[int(chance[i] * len(places))], region.shape)
+                break
+    moved = replace(plan, y=y, x=x)
+    return take_rows(moved, np.flatnonzero(find_inside(pool, moved, roi)))

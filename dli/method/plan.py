@@ -224,6 +224,14 @@ def plan_rows(plan: InjectionPlan) -> list[dict]:
     "The injections of a plan one by one: column -> value."
     return [dict(zip(vars(plan), row)) for row in zip(*vars(plan).values())]
 
+
+def take_rows(
+    plan: InjectionPlan,
+    rows: np.ndarray,  # int: which injections
+) -> InjectionPlan:
+    "A plan of some injections of another."
+    return InjectionPlan(**{name: column[rows] for name, column in vars(plan).items()})
+
 # %% ../../nbs/24_plan.ipynb #02-injection-065
 def draw_plan(
     pool: DonorPool,
@@ -280,20 +288,33 @@ def look_at(
         present[defective, k] = (shown == k + 1).any(1)
     return Shown(np.flatnonzero(clean), present)
 
+# %% ../../nbs/24_plan.ipynb #d672eb9e
+def count_wanted(
+    fill: float,  # between 0 and 1: share of the batch that shows a defect in the end
+    shown: Shown,  # in the batch
+    generator: torch.Generator | None = None,  # on the CPU; None: torch's global one
+) -> int:
+    "How many injections a share asks for, as far as there are clean images."
+    chance = torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
+    wanted = math.floor(fill * len(shown.classes) + chance) - int(shown.classes.any(1).sum())
+    return min(max(wanted, 0), len(shown.clean))
+
 # %% ../../nbs/24_plan.ipynb #02-injection-110
 def plan_batch(
     pool: DonorPool,
     shown: Shown,  # in the batch
     size: tuple[int, int],  # of its images: height, width
     p_poisson: float,  # 0..1: probability of `blend`
-    fill: str,  # "uniform" or "all"
+    fill: str | float,  # "uniform", "all", or the share of the batch that shows a defect in the end
     choose: str,  # "rarest" or "random"
     generator: torch.Generator | None = None,  # on the CPU; None: torch's global one
     blend: str = "poisson",  # name in `BLENDS`; the others are "cutpaste"
 ) -> InjectionPlan:
     "Steps a to d for a batch."
-    clean, donors = shown.clean, np.array(list(pool.counts.values()))
-    labels = choose_labels(shown.classes.sum(0), donors, len(clean), fill, generator)
+    clean, donors, most = shown.clean, np.array(list(pool.counts.values())), len(shown.clean)
+    if not isinstance(fill, str):
+        fill, most = "all", count_wanted(fill, shown, generator)
+    labels = choose_labels(shown.classes.sum(0), donors, most, fill, generator)
     if choose == "random" and labels:
         weights = torch.from_numpy(donors).double()
         labels = (torch.multinomial(weights, len(labels), True, generator=generator) + 1).tolist()
