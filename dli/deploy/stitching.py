@@ -15,8 +15,10 @@ from scipy import ndimage
 from ..data.folders import pad_to, resize
 from ..network.modelfile import ModelNotes
 
-# %% ../../nbs/70_stitching.ipynb #54433f1a
+# %% ../../nbs/70_stitching.ipynb #b7a67360
 STRIDE = 8  # of the encoder: both sides of what the network sees are multiples of it
+
+
 LARGEST = 2048  # side of a window in pixels, for a network that saw photographs whole
 
 
@@ -42,7 +44,7 @@ def shapes_of(
         shapes.append(own)
     return shapes
 
-
+# %% ../../nbs/70_stitching.ipynb #14c7c67e
 def at_scale(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     notes: ModelNotes,
