@@ -1,0 +1,6 @@
+"""Use a trained model: predict photographs, choose thresholds, judge, export."""
+from .._door import door
+
+__all__, __getattr__, __dir__ = door(__name__, {
+    "export": "ExportReport export_onnx",
+})
