@@ -16,8 +16,9 @@ import dli
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dli"
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-WINGS = ("data", "method", "network", "scoring", "experiment", "study")
-LEVELS = dict(_door=0, _extras=0, files=0, pictures=0, pages=0, data=1, method=2, network=2, scoring=2, experiment=3, study=4)
+WINGS = ("data", "method", "network", "scoring", "experiment", "study", "deploy")
+LEVELS = dict(_door=0, _extras=0, files=0, pictures=0, pages=0, data=1, method=2, network=2, scoring=2, experiment=3,
+              study=4, deploy=4)
 OLD = ("blending", "injection", "losses", "models", "metrics", "benchmark", "training", "figures", "tiles")
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if not path.name.startswith("_"))
 
