@@ -36,8 +36,9 @@ setup(
         "study": requirements("train", "study"),
         "ray": requirements("train", "ray"),
         "coco": requirements("coco"),
+        "onnx": requirements("train", "onnx"),
         "docs": requirements("docs"),
-        "dev": requirements("train", "study", "coco", "docs", "dev"),
+        "dev": requirements("train", "study", "coco", "onnx", "docs", "dev"),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

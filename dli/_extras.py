@@ -6,7 +6,7 @@ DISTRIBUTION = "dynamic-label-injection"  # the name on the package index; the i
 
 @contextmanager
 def extra(
-    name: str,  # the extra that installs what is imported in the block: train, study, ray, coco, docs or dev
+    name: str,  # the extra that installs what is imported in the block: train, study, ray, coco, onnx, docs or dev
 ):
     """Import packages of an extra: `with extra("train"): import timm`.
 

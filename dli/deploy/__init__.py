@@ -6,4 +6,5 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "thresholds": "Thresholds choose_thresholds",
     "judging": "Evaluation judge",
     "prediction": "predict_files",
+    "export": "ExportReport export_onnx",
 })
