@@ -419,7 +419,7 @@ def train_one(
     say(f"fold {config.fold}: iou_macro {iou} on {row['val_images']} validation images; {page}", quiet)
     return row
 
-# %% ../nbs/80_cli.ipynb #936e3e04
+# %% ../nbs/80_cli.ipynb #2f5c1918
 @command("train parts.yaml --out runs --steps 2000 --folds all", cls=Training)
 def train(
     ctx: typer.Context,
@@ -435,6 +435,10 @@ def train(
     An interrupted run is continued by the same command; a finished one is not repeated.
 
     Each run leaves a model, its scores and a report page in a folder of its own."""
+    from dli.experiment.report import LOGGERS
+
+    with wrong_use():
+        known("log", log, (None, *LOGGERS))
     for config in train_configs(data, out, folds, ctx.obj):
         train_one(config, log, device, quiet)
 
@@ -484,15 +488,15 @@ def evaluate(
     else:
         say(found, quiet)
 
-# %% ../nbs/80_cli.ipynb #976f6109
+# %% ../nbs/80_cli.ipynb #cab945ca
 def known(
     name: str,  # of an option
-    value: str,
+    value: str | None,
     choices,  # what it may be
 ) -> None:
     "Raise ValueError, naming the choices, for another value."
     if value not in choices:
-        raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}")
+        raise ValueError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
 
 # %% ../nbs/80_cli.ipynb #6e0ade97
 @command("threshold runs --max-clean-alarm 0.02")
@@ -534,7 +538,7 @@ def predict(
     say(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) + f"; see {out}", quiet)
     raise typer.Exit(1 if "unreadable" in verdicts else 0)
 
-# %% ../nbs/80_cli.ipynb #9898a5f9
+# %% ../nbs/80_cli.ipynb #a7e6f5d4
 @command("export runs model.onnx")
 def export(
     run: Run,
@@ -548,7 +552,25 @@ def export(
     written."""
     from dli.deploy.export import export_onnx
 
-    say(export_onnx(run, onnx, None if data is None else samples_of(data)), quiet)
+    say(export_onnx(run, onnx, samples_to_compare(run, data)), quiet)
+
+# %% ../nbs/80_cli.ipynb #3e87828d
+def samples_to_compare(
+    run: Path,  # see `RUN`
+    data: str | None,  # None: the validation images of the run
+):  # `Samples`; None where the run's own data is not here
+    "The photographs on which an exported model is compared. Raises what reading the model or the data raises."
+    from dli.deploy import load
+    from dli.deploy.judging import samples_to_judge
+
+    notes = load(run, "cpu").notes
+    try:
+        return samples_to_judge(notes, data, "val" if data is None else "all")
+    except (ValueError, OSError) as error:
+        if data is not None:
+            raise
+        warnings.warn(f"the photographs of the run can't be read, so the file is compared on noise: {error}")
+        return None
 
 # %% ../nbs/80_cli.ipynb #dbc2cdb3
 @command("score masks/ --fold 0")

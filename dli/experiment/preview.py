@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['preview_page']
 
-# %% ../../nbs/58_preview.ipynb #12dc4f48
+# %% ../../nbs/58_preview.ipynb #424f5a30
 import html
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +19,7 @@ from .config import METHODS, RunConfig, resolve
 from .datasets import data_name
 from .loader import as_batch, chance, drawn_indices, run_injection, run_samples
 from ..method.injection import DynamicLabelInjection
+from ..method.placing import changed_share
 from ..method.plan import InjectionPlan
 from ..pages import figure_html, page, table_html
 from ..pictures import PLAIN_TEXT, draw_contours, drawable
@@ -122,21 +123,10 @@ def example_batches(
         plans = {name: replace(plan, blend=np.full(len(plan), name)) for name in BLENDED}
         yield images, plan, {name: inject.transform(images, masks, own) for name, own in plans.items()}
 
-# %% ../../nbs/58_preview.ipynb #50be8a35
-LEVELS = 12  # grey levels: a smaller change can hardly be seen
+# %% ../../nbs/58_preview.ipynb #48e0c823
 ENOUGH = 0.1  # of the label's pixels
 
-
-def seen_share(
-    before: torch.Tensor,  # uint8 (C, H, W)
-    after: torch.Tensor,  # uint8 (C, H, W)
-    label: torch.Tensor,  # bool (H, W), not empty
-) -> float:  # 0..1
-    "The share of a label's pixels that changed visibly in some channel."
-    change = (after.int() - before.int()).abs().amax(0)[label]
-    return float((change > LEVELS).float().mean())
-
-# %% ../../nbs/58_preview.ipynb #7486c32c
+# %% ../../nbs/58_preview.ipynb #fdd50cc6
 class Examples:
     "Injections of every class: how many can hardly be seen, and a few to look at."
     def __init__(
@@ -154,7 +144,7 @@ class Examples:
                 name = train.classes[label - 1]
                 own = {blend: (found[target], masks[target]) for blend, (found, masks) in after.items()}
                 for blend, (found, mask) in own.items():
-                    self.shares[name, blend].append(seen_share(images[target], found, mask == label))
+                    self.shares[name, blend].append(changed_share(images[target], found, mask == label))
                 if len(self.kept[name]) < kept:
                     self.kept[name].append((images[target], own))
 
@@ -187,13 +177,13 @@ def preview_config(
                          "photographs are often clean: say crop in the place of size in the data file")
     return replace(config, batch_size=max(min(config.batch_size, len(train)), 2)), train
 
-# %% ../../nbs/58_preview.ipynb #16876dbc
+# %% ../../nbs/58_preview.ipynb #41ebf204
 def visible_text(
     examples: Examples,
 ) -> str:
     "What the table of visibility means."
     faint = {b: np.mean([s < ENOUGH for c in examples.classes for s in examples.shares[c, b]] or [0]) for b in BLENDED}
-    text = (f"Hardly seen: fewer than {ENOUGH:.0%} of the label's pixels changed by more than {LEVELS} grey levels. "
+    text = (f"Hardly seen: fewer than {ENOUGH:.0%} of the label's pixels changed by more than 12 grey levels. "
             f"That holds for {faint['cutpaste']:.0%} of the pasted and {faint['poisson']:.0%} of the blended "
             "injections.")
     return text + (FAINT_ADVICE if faint["poisson"] > 0.05 else "")
