@@ -6,6 +6,7 @@
 __all__ = ['DynamicLabelInjection', 'show_batch']
 
 # %% ../../nbs/26_injection.ipynb #0f664fa6
+import copy
 import math
 import os
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.masks import MASK_DTYPES, check_ignore_index, check_masks, check_tensor, warn_caller
 from .blending import BLENDS, POISSON_DTYPES, BlendOptions, copy_batch, outside_compiler
@@ -212,6 +214,10 @@ def warn_once(
     inject.said.add(topic)
 
 
+IN_EVAL = ("DynamicLabelInjection: called in eval mode, and it injects all the same, like the transforms of torchvision "
+           "and kornia. Images for validation must stay as they are: call it in training only")
+
+
 def examine(
     inject: "DynamicLabelInjection",
     images: torch.Tensor,  # (B, C, H, W)
@@ -220,6 +226,8 @@ def examine(
     "Check a batch, and find out what it shows. Warns once of what is doubtful."
     check_batch(images, masks, inject.pool.channels, len(inject.pool.classes))
     shown = look_at(masks, len(inject.pool.classes), inject.ignore_index)
+    if not inject.training:
+        warn_once(inject, "eval", IN_EVAL)
     if "scale" not in inject.said:
         warn_once(inject, "scale", doubt_scale(images))
     if tuple(images.shape[2:]) != inject.pool.size:
@@ -235,6 +243,25 @@ def decide(
 ) -> InjectionPlan:
     "Steps a to d for a batch."
     return plan_batch(inject.pool, shown, size, inject.p_poisson, inject.fill, inject.choose, generator, inject.blend)
+
+# %% ../../nbs/26_injection.ipynb #loops-types2
+def undress(
+    x: torch.Tensor,  # of any type
+) -> torch.Tensor:  # the same values in the same memory, a plain tensor
+    "Without the type that a library gave it, such as torchvision's `Mask` or MONAI's `MetaTensor`."
+    return x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor)
+
+
+def dress(
+    x: torch.Tensor,  # a plain tensor
+    like: torch.Tensor,  # of any type
+) -> torch.Tensor:  # x, of that type, with copies of its attributes
+    "A parameter makes a plain tensor: results are detached."
+    if type(like) in (torch.Tensor, nn.Parameter):
+        return x
+    dressed = x.as_subclass(type(like))
+    dressed.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
+    return dressed
 
 # %% ../../nbs/26_injection.ipynb #cd98d59f
 def apply_here(
@@ -259,21 +286,31 @@ def apply_plan(
     plan: InjectionPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, on the device of those given
     "Step e for a whole plan, by the faster way: see `goes_through_cpu`."
+    given, (images, masks) = (images, masks), (undress(images), undress(masks))
     if not goes_through_cpu(images.device, plan):
-        return apply_here(inject, images, masks, plan)
+        return tuple(map(dress, apply_here(inject, images, masks, plan), given))
     rows, after = torch.from_numpy(plan.target).to(images.device), (images.detach().clone(), masks.detach().clone())
     there = apply_here(inject, *(x[rows].cpu() for x in after), replace(plan, target=np.arange(len(plan))))
     for x, changed in zip(after, there):
         x[rows] = changed.to(x.device)
-    return after
+    return tuple(map(dress, after, given))
+
+# %% ../../nbs/26_injection.ipynb #loops-module1
+class BatchTransform(nn.Module):
+    "A module that may be a dataclass: it is set up before the fields are."
+    def __new__(cls, *args, **kwargs):
+        made = super().__new__(cls)
+        nn.Module.__init__(made)
+        return made
 
 # %% ../../nbs/26_injection.ipynb #02-injection-118
 @dataclass(eq=False)
-class DynamicLabelInjection:
+class DynamicLabelInjection(BatchTransform):
     """Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`.
 
-    Results are new and detached; no gradients flow through them. `torch.compile` leaves it as it is. Raises ValueError
-    for an unknown choice, TypeError for another type; warns of injections that can never happen."""
+    A module without parameters. It injects whenever it is called, in eval mode too (with a warning): call it in
+    training only. Results are new and detached, and of the types given. `torch.compile` leaves it as it is. Raises
+    ValueError for an unknown choice, TypeError for another type; warns of injections that can never happen."""
     pool: DonorPool              # the defects to inject, from the training part
     p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
     fill: str = "uniform"        # when to stop: "uniform", at equal classes; "all", when no clean image is left
@@ -318,7 +355,7 @@ class DynamicLabelInjection:
         return apply_plan(self, images, masks, plan)
 
     @outside_compiler
-    def __call__(
+    def forward(
         self,
         images: torch.Tensor,  # (B, C, H, W), C = 1 or 3: uint8, or floats in 0..1; any device
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
