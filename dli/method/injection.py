@@ -244,25 +244,6 @@ def decide(
     "Steps a to d for a batch."
     return plan_batch(inject.pool, shown, size, inject.p_poisson, inject.fill, inject.choose, generator, inject.blend)
 
-# %% ../../nbs/26_injection.ipynb #loops-types2
-def undress(
-    x: torch.Tensor,  # of any type
-) -> torch.Tensor:  # the same values in the same memory, a plain tensor
-    "Without the type that a library gave it, such as torchvision's `Mask` or MONAI's `MetaTensor`."
-    return x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor)
-
-
-def dress(
-    x: torch.Tensor,  # a plain tensor
-    like: torch.Tensor,  # of any type
-) -> torch.Tensor:  # x, of that type, with copies of its attributes
-    "A parameter makes a plain tensor: results are detached."
-    if type(like) in (torch.Tensor, nn.Parameter):
-        return x
-    dressed = x.as_subclass(type(like))
-    dressed.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
-    return dressed
-
 # %% ../../nbs/26_injection.ipynb #cd98d59f
 def apply_here(
     inject: "DynamicLabelInjection",
@@ -286,18 +267,38 @@ def apply_plan(
     plan: InjectionPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, on the device of those given
     "Step e for a whole plan, by the faster way: see `goes_through_cpu`."
-    given, (images, masks) = (images, masks), (undress(images), undress(masks))
     if not goes_through_cpu(images.device, plan):
-        return tuple(map(dress, apply_here(inject, images, masks, plan), given))
+        return apply_here(inject, images, masks, plan)
     rows, after = torch.from_numpy(plan.target).to(images.device), (images.detach().clone(), masks.detach().clone())
     there = apply_here(inject, *(x[rows].cpu() for x in after), replace(plan, target=np.arange(len(plan))))
     for x, changed in zip(after, there):
         x[rows] = changed.to(x.device)
-    return tuple(map(dress, after, given))
+    return after
 
-# %% ../../nbs/26_injection.ipynb #loops-module1
+# %% ../../nbs/26_injection.ipynb #loops-types2
+def dress(
+    x: torch.Tensor,  # a plain tensor
+    like: torch.Tensor,  # of any type
+) -> torch.Tensor:  # x, of that type, with copies of its attributes; a parameter's is the plain one
+    if type(like) in (torch.Tensor, nn.Parameter):
+        return x
+    dressed = x.as_subclass(type(like))
+    dressed.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
+    return dressed
+
+
+def apply_typed(
+    inject: "DynamicLabelInjection",
+    images: torch.Tensor,  # (B, C, H, W)
+    masks: torch.Tensor,  # (B, H, W)
+    plan: InjectionPlan,
+) -> tuple[torch.Tensor, torch.Tensor]:  # new images and masks, of the types given
+    after = apply_plan(inject, *(x.as_subclass(torch.Tensor) for x in (images, masks)), plan)
+    return tuple(map(dress, after, (images, masks)))
+
+
 class BatchTransform(nn.Module):
-    "A module that may be a dataclass: it is set up before the fields are."
+    "A module that may be a dataclass: it is set up before its fields are."
     def __new__(cls, *args, **kwargs):
         made = super().__new__(cls)
         nn.Module.__init__(made)
@@ -352,7 +353,7 @@ class DynamicLabelInjection(BatchTransform):
         "Apply a plan, with the same result each time, to the last bit. Raises ValueError if the arguments do not fit."
         examine(self, images, masks)
         check_plan(plan, self.pool, images)
-        return apply_plan(self, images, masks, plan)
+        return apply_typed(self, images, masks, plan)
 
     @outside_compiler
     def forward(
@@ -365,7 +366,7 @@ class DynamicLabelInjection(BatchTransform):
         check_generator(generator)
         shown = examine(self, images, masks)
         plan = decide(self, shown, tuple(masks.shape[1:]), generator)
-        after = apply_plan(self, images, masks, plan)
+        after = apply_typed(self, images, masks, plan)
         update_stats(self.stats, self.pool, shown, plan)
         return after
 
