@@ -36,6 +36,7 @@ setup(
         "study": requirements("train", "study"),
         "ray": requirements("train", "ray"),
         "coco": requirements("coco"),
+        "loops": requirements("train", "loops"),
         "docs": requirements("docs"),
         "dev": requirements("train", "study", "coco", "docs", "dev"),
     },
