@@ -190,6 +190,10 @@ def find_impossible(
     return None
 
 # %% ../../nbs/26_injection.ipynb #02-injection-117a
+IN_EVAL = ("DynamicLabelInjection: called in eval mode, and it injects all the same, like the transforms of "
+           "torchvision and kornia. Images for validation must stay as they are: call it in training only")
+
+
 def doubt_size(
     size: tuple[int, int],  # of the images: height, width
     pool: DonorPool,
@@ -212,10 +216,6 @@ def warn_once(
     if message and topic not in inject.said:
         warn_caller(message)
     inject.said.add(topic)
-
-
-IN_EVAL = ("DynamicLabelInjection: called in eval mode, and it injects all the same, like the transforms of torchvision "
-           "and kornia. Images for validation must stay as they are: call it in training only")
 
 
 def examine(
