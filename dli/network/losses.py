@@ -222,6 +222,18 @@ LOSSES = {  # name -> how it is built; to add a loss, add a row
 UNKNOWN = ("make_loss: without classes= a channel for the background, as a network with softmax has it, cannot be told "
            "from a class, and would be trained as one. Pass the number of the classes, or their names")
 
+
+def known_classes(
+    classes: int | Sequence[str] | None,  # K, or the names of the classes, or unknown
+    *counts: Sequence[int] | Mapping | None,  # (K,) each
+) -> int | Sequence[str] | None:
+    "What is given, or how many counts there are. Warns where there are none. (A mapping may lack a class.)"
+    if classes is None:
+        classes = next((len(c) for c in counts if c is not None and not isinstance(c, Mapping)), None)
+    if classes is None:
+        warn_caller(UNKNOWN)
+    return classes
+
 # %% ../../nbs/31_losses.ipynb #03-losses-053
 def make_loss(
     name: str,  # a key of `LOSSES`
@@ -241,8 +253,7 @@ def make_loss(
         raise ValueError(f"dice: expected 'image' or 'batch', got {dice!r}")
     row = LOSSES[name]
     if row.counts is None:
-        if classes is None:
-            warn_caller(UNKNOWN)
+        classes = known_classes(classes, images_per_class, pixels_per_class)
         return SegmentationLoss(row.classification(), row.overlap(dice), ignore_index, classes)
     counts = dict(images_per_class=images_per_class, pixels_per_class=pixels_per_class)[row.counts]
     if counts is None:
