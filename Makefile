@@ -57,7 +57,7 @@ test: install ## exports and README fresh, notebooks, pytest, the site
 	$(MAKE) docs
 
 test-slow: install ## the slower checks
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray,loops]'
 	@if $(BIN)/python -c 'import sys; from dli.data import find_magnetic_tiles; sys.exit(find_magnetic_tiles() is None)'; then skip='^[_.]'; \
 	else echo "nbs/15_tiles.ipynb is left out: it looks at the real photographs, and the dataset is not here (see DLI_DATA)"; skip='^([_.]|15_tiles)'; fi; \
 	$(BIN)/nbdev_test --n_workers 1 --flags slow --skip_file_re "$$skip"

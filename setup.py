@@ -37,6 +37,7 @@ setup(
         "ray": requirements("train", "ray"),
         "coco": requirements("coco"),
         "onnx": requirements("train", "onnx"),
+        "loops": requirements("train", "loops"),
         "docs": requirements("docs"),
         "dev": requirements("train", "study", "coco", "onnx", "docs", "dev"),
     },

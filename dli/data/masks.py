@@ -225,8 +225,11 @@ def check_shapes(
     if not logits.numel():
         raise ValueError(f"expected at least one image, got logits {tuple(logits.shape)}")
     if classes and logits.shape[1] != classes:
+        softmax = (". Is the first of them the background's, for a softmax? Here each class has a sigmoid of its own: "
+                   f"give the network {classes} channels, or keep the softmax and take losses and scores made for it, "
+                   "such as smp.losses.DiceLoss('multiclass')") if logits.shape[1] == classes + 1 else ""
         raise ValueError(f"logits: expected {classes} channels, one for each class and none for the background, "
-                         f"got {logits.shape[1]}")
+                         f"got {logits.shape[1]}{softmax}")
 
 # %% ../../nbs/11_masks.ipynb #02-injection-103b
 def warn_caller(

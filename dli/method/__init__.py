@@ -6,4 +6,5 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "donors": "DonorPool DonorTransform default_margin",
     "plan": "InjectionPlan find_clean",
     "injection": "DynamicLabelInjection show_batch",
+    "loops": "InjectBatch",
 })

@@ -6,6 +6,7 @@
 __all__ = ['DynamicLabelInjection', 'show_batch']
 
 # %% ../../nbs/26_injection.ipynb #0f664fa6
+import copy
 import math
 import os
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data.masks import MASK_DTYPES, check_ignore_index, check_masks, check_tensor, warn_caller
 from .blending import BLENDS, POISSON_DTYPES, BlendOptions, copy_batch, outside_compiler
@@ -250,6 +252,10 @@ def find_impossible(
     return None
 
 # %% ../../nbs/26_injection.ipynb #02-injection-117a
+IN_EVAL = ("DynamicLabelInjection: called in eval mode, and it injects all the same, like the transforms of "
+           "torchvision and kornia. Images for validation must stay as they are: call it in training only")
+
+
 def doubt_size(
     size: tuple[int, int],  # of the images: height, width
     pool: DonorPool,
@@ -282,6 +288,8 @@ def examine(
     "Check a batch, and find out what it shows. Warns once of what is doubtful."
     check_batch(images, masks, inject.pool.channels, len(inject.pool.classes))
     shown = look_at(masks, len(inject.pool.classes), inject.ignore_index)
+    if not inject.training:
+        warn_once(inject, "eval", IN_EVAL)
     if "scale" not in inject.said:
         warn_once(inject, "scale", doubt_scale(images))
     if tuple(images.shape[2:]) != inject.pool.size:
@@ -322,6 +330,35 @@ def apply_here(
     faint = sum(p.blend == "cutpaste" for p, _ in blended) - sum(p.blend == "cutpaste" for p in placements)
     return images, masks, faint
 
+# %% ../../nbs/26_injection.ipynb #loops-types2
+def dress(
+    x: torch.Tensor,  # a plain tensor
+    like: torch.Tensor,  # of any type
+) -> torch.Tensor:  # x, of that type, with copies of its attributes; a parameter's is the plain one
+    if type(like) in (torch.Tensor, nn.Parameter):
+        return x
+    dressed = x.as_subclass(type(like))
+    dressed.__dict__.update({name: copy.copy(value) for name, value in vars(like).items()})
+    return dressed
+
+
+def apply_typed(
+    inject: "DynamicLabelInjection",
+    images: torch.Tensor,  # (B, C, H, W)
+    masks: torch.Tensor,  # (B, H, W)
+    plan: InjectionPlan,
+) -> tuple[torch.Tensor, torch.Tensor, int]:  # new images and masks, of the types given; see `apply_here`
+    *after, faint = apply_plan(inject, *(x.as_subclass(torch.Tensor) for x in (images, masks)), plan)
+    return *map(dress, after, (images, masks)), faint
+
+
+class BatchTransform(nn.Module):
+    "A module that may be a dataclass: it is set up before its fields are."
+    def __new__(cls, *args, **kwargs):
+        made = super().__new__(cls)
+        nn.Module.__init__(made)
+        return made
+
 # %% ../../nbs/26_injection.ipynb #0b4ca3ad
 def bits(
     x: torch.Tensor,
@@ -352,11 +389,12 @@ def apply_plan(
 
 # %% ../../nbs/26_injection.ipynb #02-injection-118
 @dataclass(eq=False)
-class DynamicLabelInjection:
+class DynamicLabelInjection(BatchTransform):
     """Algorithm 1 on batches: `images, masks = inject(images, masks)`, in the training loop or in a `collate_fn`.
 
-    Results are new and detached; no gradients flow through them. `torch.compile` leaves it as it is. Raises ValueError
-    for an unknown choice, TypeError for another type; warns of injections that can never happen."""
+    A module without parameters. It injects whenever it is called, in eval mode too (with a warning): call it in
+    training only. Results are new and detached, and of the types given. `torch.compile` leaves it as it is. Raises
+    ValueError for an unknown choice, TypeError for another type; warns of injections that can never happen."""
     pool: DonorPool              # the defects to inject, from the training part
     p_poisson: float = 0.5       # 0..1: probability of Poisson blending, otherwise cut-paste (step d)
     fill: str | float = "uniform"  # stop at equal classes; "all": with no clean image; 0..1: with this share defective
@@ -400,10 +438,10 @@ class DynamicLabelInjection:
         "Apply a plan, with the same result each time, to the last bit. Raises ValueError if the arguments do not fit."
         examine(self, images, masks)
         check_plan(plan, self.pool, images)
-        return apply_plan(self, images, masks, plan)[:2]
+        return apply_typed(self, images, masks, plan)[:2]
 
     @outside_compiler
-    def __call__(
+    def forward(
         self,
         images: torch.Tensor,  # (B, C, H, W), one of `IMAGE_DTYPES`; floats are in 0..1; any device
         masks: torch.Tensor,  # (B, H, W), one of `MASK_DTYPES`, same device
@@ -414,7 +452,7 @@ class DynamicLabelInjection:
         check_generator(generator)
         shown = examine(self, images, masks)
         plan, outside = decide(self, shown, masks.shape, generator, roi)
-        *after, faint = apply_plan(self, images, masks, plan)
+        *after, faint = apply_typed(self, images, masks, plan)
         update_stats(self, shown, plan, faint, outside)
         return tuple(after)
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .._extras import extra
-from ..data.masks import check_ignore_index, check_scale, check_shapes, find_ignored, one_hot, values_can_be_read
+from ..data.masks import (check_ignore_index, check_scale, check_shapes, find_ignored, one_hot, values_can_be_read,
+                            warn_caller)
 from .weights import authors_weights, class_number, image_weights, pixel_weights
 
 # %% ../../nbs/31_losses.ipynb #03-losses-bce-1
@@ -217,6 +218,22 @@ LOSSES = {  # name -> how it is built; to add a loss, add a row
     "balanced-authors": Loss(WeightedBCE, Dice, "pixels_per_class", authors_weights),
 }
 
+# %% ../../nbs/31_losses.ipynb #loops-softmax0
+UNKNOWN = ("make_loss: without classes= a channel for the background, as a network with softmax has it, cannot be told "
+           "from a class, and would be trained as one. Pass the number of the classes, or their names")
+
+
+def known_classes(
+    classes: int | Sequence[str] | None,  # K, or the names of the classes, or unknown
+    *counts: Sequence[int] | Mapping | None,  # (K,) each
+) -> int | Sequence[str] | None:
+    "What is given, or how many counts there are. Warns where there are none. (A mapping may lack a class.)"
+    if classes is None:
+        classes = next((len(c) for c in counts if c is not None and not isinstance(c, Mapping)), None)
+    if classes is None:
+        warn_caller(UNKNOWN)
+    return classes
+
 # %% ../../nbs/31_losses.ipynb #03-losses-053
 def make_loss(
     name: str,  # a key of `LOSSES`
@@ -228,13 +245,15 @@ def make_loss(
 ) -> SegmentationLoss:  # loss(logits (B, K, H, W), masks (B, H, W)) -> scalar
     """The loss of that name. Counts are in the order of the classes, by their numbers, or (with `classes`) by name.
 
-    Raises ValueError for an unknown name, or where the counts it needs are missing or senseless."""
+    Raises ValueError for an unknown name, or where the counts it needs are missing or senseless. Warns where nothing
+    says how many classes there are: a channel for the background could not be refused then."""
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {name!r}")
     if dice not in ("image", "batch"):
         raise ValueError(f"dice: expected 'image' or 'batch', got {dice!r}")
     row = LOSSES[name]
     if row.counts is None:
+        classes = known_classes(classes, images_per_class, pixels_per_class)
         return SegmentationLoss(row.classification(), row.overlap(dice), ignore_index, classes)
     counts = dict(images_per_class=images_per_class, pixels_per_class=pixels_per_class)[row.counts]
     if counts is None:
