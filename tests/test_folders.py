@@ -20,7 +20,7 @@ from PIL import Image
 from dli.data.annotations import BadFile, index_mask, read_labelme, read_levels, read_values, read_yolo
 from dli.data.check import check_folder
 from dli.data.folders import DataFile, find_entries, make_data_file, read_data_file, read_folder
-from dli.data.splits import split_samples
+from dli.data.splits import possible_folds, split_samples
 from dli.data.synthetic import synthetic_tiles
 
 LAYOUTS_HERE = Path(__file__).resolve().parent.parent.parent / "shared/own-data/layouts"
@@ -743,10 +743,17 @@ def test_the_check_and_the_split_agree_on_classes_of_few_parts(folder, left):
     away[frays] = ~TILES.table["tile"][frays].isin(parts[:left])
     drop(folder, away)
     check = check_folder(folder)
+    samples = read_folder(folder)
+    if left == 1:
+        assert check.breaks and check.folds == 0 and any(p.kind == "parts" for p in check.problems)
+        with pytest.raises(ValueError, match="'Fray' is seen on 1 parts"):
+            possible_folds(samples)
+        return
+    assert check.ok and check.folds == left, str(check)
     if left < 5:
-        assert not check.ok and any(p.kind == "parts" and "5 folds need at least 5" in p.text for p in check.problems)
         with pytest.raises(ValueError, match="5 folds need at least 5"):
-            split_samples(read_folder(folder))
-    else:
-        assert check.ok, str(check)
-        split_samples(read_folder(folder))
+            split_samples(samples)
+        with pytest.warns(UserWarning, match=f"'Fray' is seen on {left} parts: there are {left} folds"):
+            assert possible_folds(samples) == left
+    validated = [name for fold in range(left) for name in split_samples(samples, fold=fold, folds=left)[1].table["name"]]
+    assert sorted(validated) == sorted(samples.table["name"])
