@@ -17,7 +17,9 @@ ifneq ($(wildcard ../shared/magnetic-tile),)
 export DLI_DATA ?= $(abspath ../shared/magnetic-tile)
 endif
 
-.PHONY: help install run figures study test test-slow docs readme prepare
+PAGES ?= benchmarks benchmarks_training benchmarks_parts
+
+.PHONY: help install run figures study benchmarks test test-slow docs readme prepare
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +48,14 @@ figures: install ## re-draw paper_figures/ from the committed rows (FOLDS='[0, 1
 
 study: install ## run the study's notebooks in place, as they are committed: with outputs
 	@for name in $(STUDY); do $(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/$$name.ipynb || exit 1; done
+	$(BIN)/nbdev_clean
+
+benchmarks: install ## measure anew on a quiet machine, hours: pages with outputs, tables in paper_figures/benchmarks (PAGES=)
+	@mkdir -p runs
+	@for name in $(PAGES); do \
+	  $(BIN)/papermill nbs/$$name.ipynb runs/$$name.ipynb -p out paper_figures/benchmarks || exit 1; \
+	  $(BIN)/jupyter nbconvert --to notebook --output-dir nbs --output $$name --TagRemovePreprocessor.enabled=True \
+	    --TagRemovePreprocessor.remove_cell_tags injected-parameters runs/$$name.ipynb || exit 1; done
 	$(BIN)/nbdev_clean
 
 # One thread a process: two that share two cores and spin while they wait are several times slower than one.

@@ -125,8 +125,9 @@ def usage(notes: ModelNotes) -> str:
         how = "so that it fits, and fill up below and to the right with its edge" if notes.pad else "whatever its shape"
         says += [f"Resize it to {notes.size[0]} rows and {notes.size[1]} columns, {how} (area average if smaller)."]
     if notes.crop:
-        says += [f"Cut it into overlapping windows of {notes.crop[0]} rows and {notes.crop[1]} columns; take each pixel "
-                 "from the window whose border is furthest away."]
+        rows, columns = notes.crop
+        says += [f"Cut it into overlapping windows of {rows} rows and {columns} columns; take each pixel from the "
+                 "window whose border is furthest away."]
     says += [f"Input images: uint8 (n, {notes.channels}, height, width). Output probabilities: float32 (n, "
              f"{len(notes.classes)}, height, width); mask: uint8 (n, height, width), 0 for no defect, k for the "
              "k-th class. Normalisation and the thresholds of probability are inside."]
