@@ -19,7 +19,7 @@ endif
 
 PAGES ?= benchmarks benchmarks_training benchmarks_parts
 
-.PHONY: help install run figures study benchmarks test test-slow docs readme prepare
+.PHONY: help install run figures study benchmarks test test-slow docs site-test readme prepare
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -82,8 +82,10 @@ readme: # README.md from nbs/index.ipynb, its code marked as Python
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb \
 	  | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' > $(README)
 
-# The page of 10_samples.ipynb is samples.html: so Quarto has it, and so do the links that nbdev makes.
-docs: install ## the site, in _docs, with pip alone (where Quarto is installed, nbdev_docs builds it from the same files)
-	$(BIN)/python docs.py
-	$(BIN)/smalldocs render --strict _proc
-	rm -rf _docs && mv _proc/_docs _docs
+# No notebook is run for it: pages show the outputs that are committed.
+docs: install ## the site, in _docs, with pip alone
+	$(BIN)/python docs/build.py
+
+site-test: docs ## the site in headless Chromium (from apt, where root may install it): pages, links, search, pictures
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[site]'
+	$(BIN)/python docs/check.py _docs --shots _shots

@@ -39,6 +39,7 @@ setup(
         "onnx": requirements("train", "onnx"),
         "loops": requirements("train", "loops"),
         "docs": requirements("docs"),
+        "site": requirements("docs", "site"),
         "dev": requirements("train", "study", "coco", "onnx", "docs", "dev"),
     },
     entry_points={
