@@ -78,9 +78,12 @@ prepare: install ## export the notebooks, clean them, render the README: before 
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
 
-readme: # README.md from nbs/index.ipynb, its code marked as Python
+SITE := https://dli-study.github.io/dli
+
+readme: # README.md from nbs/index.ipynb: its code marked as Python, its links those of the site, its pictures from here
 	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --stdout nbs/index.ipynb \
-	  | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' > $(README)
+	  | awk '/^```/ {inside = !inside; if (inside && $$0 == "```") $$0 = "```python"} {print}' \
+	  | sed -e 's#](\([a-z_]*\.html\)#]($(SITE)/\1#g' -e 's#](\.\./#](#g' > $(README)
 
 # No notebook is run for it: pages show the outputs that are committed.
 docs: install ## the site, in _docs, with pip alone

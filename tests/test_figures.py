@@ -18,9 +18,9 @@ from dli.scoring.metrics import compare, influence, scores
 from dli.experiment.config import METHODS, RECIPE
 from dli.experiment.store import load_runs, read_counts, read_regions
 from dli.experiment.training import run
-from dli.study.studies import AGAIN, AUTHORS, LADDER, STUDIES, study_configs
+from dli.study.studies import AGAIN, LADDER, REPLICATION, STUDIES, study_configs
 from dli.study.rows import (INVENTED_ROWS, NoRows, budget_line, difference, fold_counts, invent_run, invented_tiles,
-                            matching, numbers_text, one_budget, places_text, study_methods, summary)
+                            matching, numbers_text, one_budget, places_text, study_methods, method_scores)
 from dli.study.tables import (admissibility_table, admissible_text, printed_of, printed_values, readable, table1,
                               table1_methods, table2)
 from dli.study.figures import (best_competitor, chosen_images, fig3_iou_per_class, table1_differences,
@@ -248,9 +248,10 @@ def test_scores_are_pooled_per_partition_and_averaged(whole):
     rows = matching(whole, method="share")
     each = [scores(pd.concat(read_counts(r) for _, r in own.iterrows()), SAMPLES.classes)["iou_macro"]
             for _, own in rows.groupby("partition")]
-    assert len(each) == 2 and summary(rows).loc["iou_macro", "pooled"] == pytest.approx(np.mean(each))
-    assert summary(rows[:7]).equals(summary(rows[:5])), "of an incomplete partition nothing counts beside a whole one"
-    assert summary(rows[5:7]).loc["iou_macro", "mean"] == pytest.approx(rows[5:7]["iou_macro"].mean())
+    assert len(each) == 2 and method_scores(rows).loc["iou_macro", "pooled"] == pytest.approx(np.mean(each))
+    left_out = "of an incomplete partition nothing counts beside a whole one"
+    assert method_scores(rows[:7]).equals(method_scores(rows[:5])), left_out
+    assert method_scores(rows[5:7]).loc["iou_macro", "mean"] == pytest.approx(rows[5:7]["iou_macro"].mean())
 
 
 def test_comparisons_use_the_folds_of_both_over_partitions(whole):
@@ -308,7 +309,7 @@ def test_power_is_from_pairs_and_partitions(whole):
 def test_the_replication_stands_beside_the_printed_values(tmp_path):
     for fold in (0, 1):
         for method in study_methods("replication"):
-            invent(tmp_path, method=method, fold=fold, missed=0.05 if method == "dli-authors" else 0.3, **AUTHORS)
+            invent(tmp_path, method=method, fold=fold, missed=0.05 if method == "dli-authors" else 0.3, **REPLICATION)
     invent(tmp_path, method="baseline", fold=0)
     runs = load_runs(tmp_path)
     table = replication_table(runs).set_index("method")
@@ -316,7 +317,7 @@ def test_the_replication_stands_beside_the_printed_values(tmp_path):
                                               "wce": 0.755, "dli-authors": 0.800}
     assert table["printed_lead"]["baseline"] == pytest.approx(0.046)
     assert table["folds"].tolist() == [2] * 5 and table["printed"].isna().all()
-    own = {m: matching(runs, method=m, **AUTHORS)["iou_micro"].to_numpy() for m in ("baseline", "dli-authors")}
+    own = {m: matching(runs, method=m, **REPLICATION)["iou_micro"].to_numpy() for m in ("baseline", "dli-authors")}
     assert table["iou_micro"]["baseline"] == pytest.approx(own["baseline"].mean()) and len(own["baseline"]) == 2
     assert table["lead"]["baseline"] == pytest.approx((own["dli-authors"] - own["baseline"]).mean())
     caption = table.attrs["caption"]

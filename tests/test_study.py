@@ -31,7 +31,7 @@ from dli.experiment.store import (FILES, RESULTS, load_runs, one_kind, one_recip
 from dli.experiment.evaluation import save_pictures
 from dli.experiment.state import CHECKPOINTS
 from dli.experiment.training import run
-from dli.study.studies import AUTHORS, LADDER, STUDIES, configs_of, methods, missing, resolve_all, study_configs
+from dli.study.studies import LADDER, REPLICATION, STUDIES, configs_of, methods, missing, resolve_all, study_configs
 from dli.study.matrix import (WORKER, Bar, FailedRuns, Worker, as_job, finished_runs, makespan, projected_cost,
                               projected_seconds, run_matrix, train_job)
 from conftest import patch
@@ -381,8 +381,8 @@ def test_weak_and_leakage_are_the_protocols():
 def test_the_replication_has_every_switch_of_the_authors_protocol():
     configs = STUDIES["replication"]("study", LITE, [1])
     assert [c.method for c in configs] == "baseline focal-authors balanced-authors wce dli-authors".split()
-    assert all({k: getattr(c, k) for k in AUTHORS} == AUTHORS for c in configs)
-    assert AUTHORS == dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch",
+    assert all({k: getattr(c, k) for k in REPLICATION} == REPLICATION for c in configs)
+    assert REPLICATION == dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch",
                            select="best", evaluations=20)
     authors = configs[-1]
     assert (authors.fill, authors.region, authors.mix_gradients, authors.grow_label) == ("all", "image", True, True)

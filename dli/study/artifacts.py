@@ -22,7 +22,7 @@ from ..experiment.config import METHODS, RunConfig, run_key, run_name
 from ..experiment.store import RESULTS, load_runs, project_root
 from .studies import resolve_all, study_configs
 from .matrix import run_matrix
-from .rows import (NoRows, common_places, difference, encoders_of, matching, places_of, summary,
+from .rows import (NoRows, common_places, difference, encoders_of, matching, places_of, method_scores,
                             whole_partitions)
 from .tables import method_table, readable, show_table, size_columns
 from .figures import table5_weak_supervision
@@ -189,7 +189,7 @@ def leak_text(
     found = [groups for (_, m), groups in split_groups(runs).items() if m == method] if len(runs) else []
     if not found:
         return f"{method}: there are no rows under both splits yet."
-    image, tile = (summary(found[0][split]).loc["iou_macro", "pooled"] for split in ("image", "tile"))
+    image, tile = (method_scores(found[0][split]).loc["iou_macro", "pooled"] for split in ("image", "tile"))
     return (f"{method} has iou_macro {image:.3f} if single images are held out and {tile:.3f} if whole tiles are, over "
             f"{size_text(**size_columns(found[0]['tile']))}: {image - tile:+.3f}.")
 

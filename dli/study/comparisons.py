@@ -20,7 +20,7 @@ from ..pictures import in_style, legend_name
 from ..scoring.metrics import influence
 from .rows import (NoRows, at_places, classes_of, common_places, difference, difference_columns, encoders_of,
                             label_of, matching, one_budget, paired_counts, places_of, scored_classes, study_methods,
-                            summary, whole_partitions)
+                            method_scores, whole_partitions)
 from .tables import fit_columns, methods_shown, notes_of, notes_text, titled
 from .figures import forest, with_notes
 
@@ -44,7 +44,7 @@ def noise_row(
 ) -> dict:
     "What a table says of an A/A pair."
     places = common_places(first, second)
-    micro = [summary(at_places(rows, places)).loc["iou_micro", "pooled"] for rows in (first, second)]
+    micro = [method_scores(at_places(rows, places)).loc["iou_micro", "pooled"] for rows in (first, second)]
     return dict(encoder=encoder, difference_of=f"{method} - {method} again",
                 **difference_columns("difference", first, second), iou_micro=micro[0], iou_micro_again=micro[1],
                 folds=len(places))

@@ -26,7 +26,7 @@ from ..experiment.config import METHODS
 from ..experiment.store import read_regions
 from .rows import (INVENTED_ROWS, NoRows, at_places, classes_of, difference_columns, encoders_of, fold_counts,
                             label_of, matching, on_common_places, one_budget, places_of, scored_classes, scored_rows,
-                            study_methods, summary)
+                            study_methods, method_scores)
 from .tables import (last_columns, method_table, methods_shown, notes_of, notes_text, number_text,
                               printed_values, score_columns, table1, table1_methods, titled)
 
@@ -89,7 +89,7 @@ def draw_class(
     color: str,  # of methods that inject
 ) -> None:
     "Bars of one class, with the line at the best competitor."
-    pooled = {m: summary(own).loc[f"iou_{name}", "pooled"] for m, own in rows.items()}
+    pooled = {m: method_scores(own).loc[f"iou_{name}", "pooled"] for m, own in rows.items()}
     for y, (method, own) in enumerate(rows.items()):
         bar(ax, y, pooled[method], scored_rows(own)[f"iou_{name}"].astype(float), color if injects(method) else "0.82")
     rivals = [value for method, value in pooled.items() if not injects(method)]

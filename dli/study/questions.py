@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from ..pictures import in_style
 from ..data.splits import SPLITS
 from ..experiment.config import METHODS
-from .studies import AUTHORS, LADDER
+from .studies import LADDER, REPLICATION
 from .rows import (NoRows, common_places, difference_columns, encoders_of, label_of, matching,
-                            on_common_places, one_budget, scored_classes, study_methods, summary)
+                            on_common_places, one_budget, scored_classes, study_methods, method_scores)
 from .tables import (last_columns, method_table, methods_shown, notes_of, notes_text, printed_of,
                               score_columns, size_columns, titled)
 from .figures import bar, draw_interval, forest, unit_axis, with_notes
@@ -30,7 +30,7 @@ from .comparisons import FIT_NOTE, comparison_rows
 # %% ../../nbs/66_questions.ipynb #08-figures-091a
 def replication_groups(runs: pd.DataFrame) -> dict[str, pd.DataFrame]: # of one encoder; method -> rows
     "The rows of the replication, on the folds that all methods have."
-    return on_common_places({m: matching(runs, method=m, **AUTHORS) for m in study_methods("replication")})
+    return on_common_places({m: matching(runs, method=m, **REPLICATION) for m in study_methods("replication")})
 
 def lead_columns(rows: pd.DataFrame, dli: pd.DataFrame) -> dict: # lead, lead_deviation, lead_folds
     "How much larger the `iou_micro` of DLI is: mean, deviation and single folds, on the folds that both have."
@@ -45,7 +45,7 @@ def replication_row(groups: dict[str, pd.DataFrame], method: str) -> dict:
     "Our `iou_micro` of a method beside the printed one."
     rows = groups[method]
     encoder, printed_as = rows["encoder"].iloc[0], method.removesuffix("-authors")
-    own = summary(rows).loc["iou_micro"]
+    own = method_scores(rows).loc["iou_micro"]
     value, deviation = printed_of("table1", printed_as, encoder)
     average, average_deviation = printed_of("table1", printed_as, "average")
     best = printed_of("table1", "dli", "average")[0]
@@ -115,7 +115,7 @@ def split_groups(runs: pd.DataFrame) -> dict[tuple[str, str], dict[str, pd.DataF
 def leak_rows(groups: dict[str, pd.DataFrame]) -> list[dict]: # of one encoder and method: split -> rows
     "IoU of each class, and their mean, under both splits."
     image, tile = groups["image"], groups["tile"]
-    left, right = summary(image)["pooled"], summary(tile)["pooled"]
+    left, right = method_scores(image)["pooled"], method_scores(tile)["pooled"]
     names = ["iou_macro", "iou_micro", *(f"iou_{c}" for c in scored_classes(tile))]
     rows = [dict(encoder=tile["encoder"].iloc[0], method=tile["method"].iloc[0], score=n, image_split=left[n],
                  tile_split=right[n], leak=left[n] - right[n], leak_low=math.nan, leak_high=math.nan,
@@ -241,7 +241,7 @@ def score_panel(
     "A bar per label, and a dot for each fold."
     for y, own in enumerate(rows.values()):
         folds = own[name].astype(float)
-        value = folds.mean() if name in SEAM_ALARMS else summary(own).loc[name, "pooled"]
+        value = folds.mean() if name in SEAM_ALARMS else method_scores(own).loc[name, "pooled"]
         bar(ax, y, value, folds, color)
     ax.set(title=name, yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6))
     unit_axis(ax)

@@ -26,7 +26,7 @@ from ..scoring.metrics import Comparison, compare, count_batch, counts_table, sc
 from ..experiment.datasets import load_dataset
 from ..experiment.config import PRESETS, RECIPE, RunConfig, resolve, run_key, run_name
 from ..experiment.store import StoredCounts, as_npz, load_runs, one_kind, one_recipe
-from .studies import AGAIN, AUTHORS, LADDER, study_configs
+from .studies import AGAIN, REPLICATION, LADDER, study_configs
 
 # %% ../../nbs/62_rows.ipynb #64406c7a
 INVENTED = "invented"  # in an invented row, in the place of the commit that trained it
@@ -120,7 +120,7 @@ def invented_studies() -> list[dict]: # arguments of `invent_run`
             runs += [dict(method=m, fold=fold, fraction=fraction, missed=MISSED[m] + faster * (1 - fraction))
                      for m, faster in (("dli", 0.3), ("wce", 0.6))]
     for fold in range(2):
-        runs += [dict(method=m, fold=fold, missed=missed, **AUTHORS)
+        runs += [dict(method=m, fold=fold, missed=missed, **REPLICATION)
                  for m, missed in (("baseline", 0.2), ("focal-authors", 0.3), ("balanced-authors", 0.2), ("wce", 0.2),
                                    ("dli-authors", 0.1))]
         runs += [dict(fold=fold, missed=0.4 - 0.04 * k, **row) for k, (_, row) in enumerate(LADDER[:-2])]
@@ -340,7 +340,7 @@ def pooled_scores(
     pooled = pd.concat([own.table for own in counts])
     return scores(pooled, classes_of(pooled))
 
-def summary(
+def method_scores(
     rows: pd.DataFrame,  # of one method and encoder
 ) -> pd.DataFrame:  # a row per score: pooled, mean, deviation (of n - 1)
     """The scores of one method: pooled over the folds of a partition and averaged over partitions, and over the single

@@ -83,7 +83,7 @@ def ladder() -> list[tuple[str, dict]]:
 LADDER = ladder()
 
 # %% ../../nbs/60_studies.ipynb #60a0000b
-AUTHORS = dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best",
+REPLICATION = dict(split="image", clean_validation=False, keep_empty=True, threshold=0, dice="batch", select="best",
                evaluations=20)
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training part: Fig. 5
 
@@ -92,7 +92,7 @@ ROWS = dict(
     table1=methods("baseline", "focal", "balanced", "wce", "lovasz", "tversky", "dli", "dli-all"),
     table2=methods("dli-cutpaste", "dli-poisson", "dli"),
     weak=[row for fraction in FRACTIONS for row in methods("dli", "wce", fraction=fraction)],
-    replication=methods("baseline", "focal-authors", "balanced-authors", "wce", "dli-authors", **AUTHORS),
+    replication=methods("baseline", "focal-authors", "balanced-authors", "wce", "dli-authors", **REPLICATION),
     leakage=[row for split in ("tile", "image") for row in methods("baseline", "wce", "dli", split=split)],
     attribution=methods("dli", "inject-random", "sampler", "share", "baseline"),
     policy=methods("dli", "dli-all"),

@@ -19,7 +19,7 @@ from ..scoring.metrics import tile_counts
 from ..experiment.config import METHODS
 from .studies import STUDIES
 from .rows import (budget_line, classes_of, difference_columns, encoders_of, label_of, matching,
-                            on_common_places, one_budget, scored_classes, scored_rows, study_methods, summary)
+                            on_common_places, one_budget, scored_classes, scored_rows, study_methods, method_scores)
 
 # %% ../../nbs/63_tables.ipynb #08-figures-012
 def printed_values(
@@ -52,7 +52,7 @@ def score_columns(
     pooled: Sequence[str] = (),  # scores: pooled only
 ) -> dict:  # name; name_mean, name_mean_deviation
     "Scores of a method, over all its folds."
-    own = summary(rows)
+    own = method_scores(rows)
     ends = ("", "_mean", "_mean_deviation")
     both = {f"{name}{end}": value for name in names for end, value in zip(ends, own.loc[name])}
     return both | {name: own.loc[name, "pooled"] for name in pooled}
