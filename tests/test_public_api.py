@@ -19,7 +19,7 @@ from dli.experiment.loader import batches, run_injection
 from dli.experiment.evaluation import with_patches
 from dli.experiment.steps import run_loss
 from dli.experiment.training import make_row
-from dli.method import BLENDS, InjectionPlan, default_margin, find_clean, grow_mask, poisson_blend_image
+from dli.method import BLENDS, InjectBatch, InjectionPlan, default_margin, find_clean, grow_mask, poisson_blend_image
 from dli.network import (LOSSES, Dice, FocalOfMeans, Lovasz, SegmentationLoss, WeightedBCE, faster, image_weights,
                          load_weights, pixel_weights, save_weights)
 from dli.pictures import plot_curve
@@ -90,6 +90,8 @@ def test_samples_splits_and_injection(shape, classes):
     plan = inject.make_params(masks, torch.Generator().manual_seed(0))
     after, labels = inject.transform(images, masks, InjectionPlan.from_json(plan.to_json()))
     assert after.shape == images.shape and after.dtype == images.dtype and (labels > 0).flatten(1).any(1).all()
+    batch = InjectBatch(inject, ("x", "y"))(dict(x=images, y=masks), torch.Generator().manual_seed(0))
+    assert torch.equal(batch["x"], after) and torch.equal(batch["y"], labels)
     untouched = (masks > 0).flatten(1).any(1)
     assert torch.equal(after[untouched], images[untouched]) and torch.equal(labels[untouched], masks[untouched])
     for figure in (dli.show_batch(images, after, labels, plan, classes), show_samples(train)):
