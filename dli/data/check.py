@@ -260,29 +260,43 @@ def facts(check: FolderCheck) -> list[str]:
     lines.append(f"{check.folds} folds are possible" if check.folds else "No fold is possible yet")
     return [*lines, f"Read in {check.seconds:.1f} seconds"]
 
-# %% ../../nbs/18_check.ipynb #74f61794
+# %% ../../nbs/18_check.ipynb #62c7686c
 def report_text(check: FolderCheck) -> str:
     "The report as lines of text."
-    lines = [f"{check.root} ({check.layout})", *facts(check), "", check.classes.to_string()]
+    lines = [f"{check.root} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
     for title, found in (("Problems", check.problems), ("Good to know", check.notes)):
         if found:
             lines += ["", f"{title}:", *(f"  {s}" for s in sentences(found))]
-    return "\n".join([*lines, "", "Ready to train." if check.ok else "Mend the problems before you train."])
+    return "\n".join([*lines, "", verdict(check)])
+
+def verdict(check: FolderCheck) -> str:
+    "What to do, in a sentence."
+    return "Mend the problems before you train." if check.breaks else "Ready to train."
+
+def readable(
+    classes: pd.DataFrame,  # of `count_classes`
+) -> pd.DataFrame:
+    "The table with words that need no explanation."
+    names = dict(images="photographs", smallest="smallest (pixels)", median="median (pixels)",
+                 lost="lost at this size")
+    return classes.rename(columns=names, index={FREE: "without a defect"}).rename_axis(None)
 
 # %% ../../nbs/18_check.ipynb #4f8076ec
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
          "body{color:#222;background:#fff}"
          "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ccc}"
-         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-height:12rem}"
-         ".bad{color:#a00}@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}}")
+         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-width:100%;max-height:14rem}"
+         ".wide{overflow-x:auto}.good{color:#060;font-weight:bold}.bad{color:#a00;font-weight:bold}"
+         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}.good{color:#8d8}}")
 
 def report_page(check: FolderCheck) -> str:
     "The report as a page of HTML."
     escape = html.escape
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
              f"<title>Check of {escape(Path(check.root).name)}</title><style>{STYLE}</style>",
-             f"<h1>{escape(Path(check.root).name)}</h1>", *(f"<p>{escape(s)}</p>" for s in facts(check)),
-             check.classes.to_html(border=0)]
+             f"<h1>{escape(Path(check.root).name)}</h1>",
+             f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>", "<ul>", *(f"<li>{escape(s)}</li>" for s in facts(check)), "</ul><div class=wide>",
+             readable(check.classes).to_html(border=0), "</div>"]
     for title, found, kind in (("Problems", check.problems, "bad"), ("Good to know", check.notes, "")):
         if found:
             items = "".join(f"<li>{escape(s)}</li>" for s in sentences(found))
@@ -290,7 +304,7 @@ def report_page(check: FolderCheck) -> str:
     for name, files in check.pictures.items():
         coded = [base64.b64encode(f).decode() for f in files]
         shown = "".join(f"<img alt='{escape(name)}' src='data:image/png;base64,{c}'>" for c in coded)
-        parts.append(f"<h2>{escape(name)}</h2><p>{shown}</p>")
+        parts.append(f"<h2>{escape(name if name != FREE else 'Without a defect')}</h2><p>{shown}</p>")
     return "\n".join([*parts, "</html>"])
 
 # %% ../../nbs/18_check.ipynb #36aa3c63
@@ -300,11 +314,11 @@ COLOURS = ((255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 
 def outlined(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W)
-) -> bytes:  # a PNG file, 320 pixels wide
+) -> bytes:  # a PNG file, 480 pixels wide
     "A photograph with the outlines of its defects."
     picture = as_bytes(image, 3).copy()
-    factor = 320 / picture.shape[1]
-    size = (320, max(round(picture.shape[0] * factor), 1))
+    factor = 480 / picture.shape[1]
+    size = (480, max(round(picture.shape[0] * factor), 1))
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST)
     large = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
     for value in np.unique(mask[mask > 0]):

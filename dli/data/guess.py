@@ -184,7 +184,7 @@ def named_values(
     names = [counts.most_common(1)[0][0] for counts in shown.values() if counts]
     return names if len(set(names)) == len(values) else None
 
-# %% ../../nbs/19_guess.ipynb #26217860
+# %% ../../nbs/19_guess.ipynb #0ab7ef6d
 def guess_classes(
     content: dict,  # of a data file
     data: DataFile,
@@ -193,7 +193,7 @@ def guess_classes(
     "Put classes, colours and ignore into the content where masks are numbers or colours."
     counts = mask_values(list(files.values()))
     if content["layout"] == "colour":
-        colours = [v for v in sorted(counts) if isinstance(v, tuple) and any(v)]
+        colours = sorted({v if isinstance(v, tuple) else (v, v, v) for v in counts} - {(0, 0, 0)})
         content["colours"] = {f"class {k}": list(v) for k, v in enumerate(colours, 1)}
         return [f"colours: the masks show {len(colours)} colours beside black; name them"]
     values = sorted(v for v in counts if not isinstance(v, tuple) and v > 0)
