@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/70_stitching.ipynb #c8537887
+# %% ../../nbs/70_stitching.ipynb #b911a417
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from scipy import ndimage
 
 from ..data.folders import pad_to, resize
 from ..network.modelfile import ModelNotes
@@ -140,7 +139,7 @@ class Canvas:
         order = np.lexsort((-k, score))  # the largest is written last; of equals the first class
         self.mask.ravel()[place[order]], self.score.ravel()[place[order]] = k[order] + 1, score[order]
 
-# %% ../../nbs/70_stitching.ipynb #7e33f6ec
+# %% ../../nbs/70_stitching.ipynb #3baf6390
 DEFECT = ("class", "top", "left", "height", "width", "area", "score")
 
 
@@ -156,8 +155,9 @@ def find_defects(
         x, y, w, h = cv2.boundingRect(own)
         box = own[y:y + h, x:x + w]
         count, labels, stats, _ = cv2.connectedComponentsWithStats(np.ascontiguousarray(box), connectivity=8)
-        best = ndimage.maximum(score[y:y + h, x:x + w], labels, np.arange(1, count))
-        for (left, top, width, height, area), p in zip(stats[1:].tolist(), np.atleast_1d(best).tolist()):
+        best, inside = np.zeros(count, np.float32), labels > 0
+        np.maximum.at(best, labels[inside], score[y:y + h, x:x + w][inside])
+        for (left, top, width, height, area), p in zip(stats[1:].tolist(), best[1:].tolist()):
             found.append(dict(zip(DEFECT, (classes[k - 1], top + y, left + x, height, width, area, round(p, 6)))))
     return found
 
