@@ -79,7 +79,7 @@ def training_span(
     entries = find_entries(file)[1].entries
     return find_span([entry for entry in entries if entry.name in names], Found())
 
-
+# %% ../../nbs/53_loader.ipynb #75cff5ac
 def own_samples(
     config: RunConfig,  # resolved: of photographs of one's own
 ) -> tuple[Samples, Samples]:  # training part, validation part
@@ -95,7 +95,7 @@ def own_samples(
     span = training_span(find_dataset(*place[:2]).file, train)
     return split_run(config, decoded_folder(*place, span), folds)
 
-
+# %% ../../nbs/53_loader.ipynb #4ed16e54
 def run_samples(
     config: RunConfig,
 ) -> tuple[Samples, Samples]:  # training part, validation part
