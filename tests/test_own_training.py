@@ -180,8 +180,9 @@ def test_the_key_holds_the_photographs_and_not_where_they_are(folders, tmp_path,
     mask = there / "masks" / "p1_0.png"
     cv2.imwrite(str(mask), 1 - cv2.imread(str(mask), cv2.IMREAD_UNCHANGED))
     assert run_key(config(there)) != run_key(config(here))
-    with pytest.raises(ValueError, match="made for another data"):
-        resolve(done[2])
+    for look in (resolve, run_samples):
+        with pytest.raises(ValueError, match="made for another data"):
+            look(done[2])
 
 
 def test_a_run_continues_where_its_photographs_have_moved(folders, tmp_path, monkeypatch):
