@@ -229,7 +229,7 @@ def made_once(
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/00_files.ipynb #7a0988df
+# %% ../nbs/00_files.ipynb #73c8055b
 WORKERS = min(4, os.cpu_count() or 1)  # files that are worked on at the same time
 
 def in_order(
@@ -238,18 +238,20 @@ def in_order(
     label: str = "",  # of the bar, which comes after three seconds; "": no bar
 ) -> Iterator:
     "What a function gives for each item, in order."
-    from tqdm.auto import tqdm
+    if label:
+        from tqdm.auto import tqdm
 
-    items, waiting = list(items), deque()
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(items), desc=label, delay=3, disable=not label) as bar:
+        items = list(items)
+        yield from tqdm(in_order(function, items), desc=label, total=len(items), delay=3)
+        return
+    waiting = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > WORKERS:
                 yield waiting.popleft().result()
-                bar.update()
         while waiting:
             yield waiting.popleft().result()
-            bar.update()
 
 # %% ../nbs/00_files.ipynb #d46c8ee2
 @lru_cache(2**20)

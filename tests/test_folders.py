@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,9 @@ from PIL import Image
 from dli.data.annotations import BadFile, index_mask, read_labelme, read_levels, read_values, read_yolo
 from dli.data.check import check_folder
 from dli.data.folders import DataFile, find_entries, make_data_file, read_data_file, read_folder
-from dli.data.splits import split_samples
+from dli.data.splits import possible_folds, split_samples
 from dli.data.synthetic import synthetic_tiles
+from dli.files import is_mapped
 
 LAYOUTS_HERE = Path(__file__).resolve().parent.parent.parent / "shared/own-data/layouts"
 BALL_SCREWS = LAYOUTS_HERE.parent / "bsdata"
@@ -743,10 +746,229 @@ def test_the_check_and_the_split_agree_on_classes_of_few_parts(folder, left):
     away[frays] = ~TILES.table["tile"][frays].isin(parts[:left])
     drop(folder, away)
     check = check_folder(folder)
+    samples = read_folder(folder)
+    if left == 1:
+        assert check.breaks and check.folds == 0 and any(p.kind == "parts" for p in check.problems)
+        with pytest.raises(ValueError, match="'Fray' is seen on 1 parts"):
+            possible_folds(samples)
+        return
+    assert check.ok and check.folds == left, str(check)
     if left < 5:
-        assert not check.ok and any(p.kind == "parts" and "5 folds need at least 5" in p.text for p in check.problems)
         with pytest.raises(ValueError, match="5 folds need at least 5"):
-            split_samples(read_folder(folder))
-    else:
-        assert check.ok, str(check)
-        split_samples(read_folder(folder))
+            split_samples(samples)
+        with pytest.warns(UserWarning, match=f"'Fray' is seen on {left} parts: there are {left} folds"):
+            assert possible_folds(samples) == left
+    validated = [name for fold in range(left) for name in split_samples(samples, fold=fold, folds=left)[1].table["name"]]
+    assert sorted(validated) == sorted(samples.table["name"])
+
+
+# Regions, transforms and splits
+
+def with_key(folder, **content):
+    return make_data_file(yaml.safe_load((folder / "parts.yaml").read_text()) | content, folder)
+
+
+def test_one_region_for_all_or_one_for_each_photograph(folder):
+    region = np.zeros((32, 32), np.uint8)
+    region[:, 8:] = 255
+    Image.fromarray(region).save(folder / "roi.png")
+    one = read_folder(with_key(folder, roi="roi.png", crop=16))
+    assert one.roi.shape == one.images.shape and one.roi.dtype == bool
+    left = one.table["name"].str.endswith("_x0").to_numpy()
+    assert (one.roi[left].mean((1, 2)) == 0.5).all() and one.roi[~left].all()
+    (folder / "masks/roi").mkdir()
+    for n, name in enumerate(TILES.table["name"]):
+        Image.fromarray(np.full((32, 32), 255 * (n % 2), np.uint8)).save(folder / f"masks/roi/{name}_mask.png")
+    each = read_folder(with_key(folder, roi="masks/roi"))
+    order = [each.table["name"].tolist().index(n) for n in TILES.table["name"]]
+    assert (each.roi[order].all((1, 2)) == np.arange(60) % 2).all()
+    assert (each.masks[order] == TILES.masks).all(), "regions are no masks"
+    assert each[3:5].roi.shape == (2, 32, 32) and replace(each, source="x").roi is not None
+    first("masks/roi", folder).with_name(f"{TILES.table['name'][0]}_mask.png").unlink()
+    with pytest.raises(ValueError, match="has no region in masks/roi"):
+        read_folder(with_key(folder, roi="masks/roi"))
+    assert "roi" in {p.kind for p in check_folder(with_key(folder, roi="masks/roi")).problems}
+
+
+def test_a_clean_image_outside_of_its_region_takes_no_defect(folder):
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "roi.png")
+    check = check_folder(with_key(folder, roi="roi.png"))
+    assert check.clean == 0 and check.breaks and any(p.kind == "clean" for p in check.problems)
+    assert check_folder(folder).clean == TILES.clean.sum()
+
+
+@pytest.mark.parametrize("content, message", [
+    (dict(transforms=dict(Fray=dict(turn=4))), "expected some of p, flip, rotate"),
+    (dict(transforms=dict(Fray=dict(rotate=181))), "rotate of 'Fray' in 0..180"),
+    (dict(transforms=dict(Fray=dict(p=True))), "p of 'Fray'"),
+    (dict(transforms=[1]), "transforms"),
+    (dict(transforms=dict(Dent=dict(p=1))), "'Dent' is none of the classes"),
+    (dict(roi="nowhere"), "roi: nowhere is not in"),
+    (dict(split="nowhere"), "neither a file"),
+])
+def test_new_keys_are_refused_in_a_sentence(folder, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_folder(with_key(folder, **content))
+
+
+def test_transforms_are_plain_numbers_of_a_class(folder):
+    data = with_key(folder, transforms=dict(Fray=dict(rotate=180, p=1)))
+    assert data.transforms == dict(Fray=dict(rotate=180.0, p=1.0))
+    assert read_folder(data).source != read_folder(folder).source
+
+
+@pytest.mark.parametrize("where", ["file", "column", "usual"])
+def test_a_given_split_is_followed_and_its_test_takes_no_part(folder, where):
+    parts = TILES.table["tile"].unique()
+    side_of = dict(zip(parts, ["train", "Valid", "train", "training", "test", "train"] * len(parts)))
+    own = [side_of[t] for t in TILES.table["tile"]]
+    column = "side" if where == "column" else "split"
+    table = pd.DataFrame({"name": TILES.table["name"], column: own})
+    table.to_csv(folder / ("given.csv" if where == "file" else "parts.csv"), index=False)
+    samples = read_folder(with_key(folder, split=dict(file="given.csv", column="side", usual="")[where]))
+    assert set(samples.table["split"]) == {"train", "val", "test"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a class may be absent from a side
+        train, val = split_samples(samples, split="given")
+        assert set(train.table["split"]) == {"train"} and set(val.table["split"]) == {"val"}
+        count = possible_folds(samples)
+        for side in split_samples(samples, fold=1, folds=count):
+            assert "test" not in set(side.table["split"])
+    table.assign(**{column: "left"}).to_csv(folder / ("given.csv" if where == "file" else "parts.csv"), index=False)
+    with pytest.raises(ValueError, match="expected train, val or test, got 'left'"):
+        read_folder(with_key(folder, split=dict(file="given.csv", column="side", usual="")[where]))
+
+
+def test_a_given_split_without_validation_is_refused(folder):
+    split_through_parts(folder)
+    with pytest.raises(ValueError, match='use split="tile"'):
+        split_samples(read_folder(folder), split="given")
+
+
+# Many photographs
+
+def same_samples(a, b):
+    assert (a.images == b.images).all() and (a.masks == b.masks).all() and a.table.equals(b.table)
+    assert (a.source, a.classes, a.levels) == (b.source, b.classes, b.levels)
+
+
+def test_windows_are_written_once_and_mapped(folder, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    data, notes = with_key(folder, crop=16), []
+    usual, mapped = read_folder(data), read_folder(data, notes, crops_in=cache)
+    same_samples(usual, mapped)
+    assert is_mapped(mapped.images) and is_mapped(mapped.masks) and not is_mapped(usual.images)
+    same_samples(usual[::3], mapped[::3])
+    monkeypatch.setattr("dli.data.folders.read_pair", None)  # nothing is read again
+    same_samples(usual, read_folder(data, crops_in=cache))
+
+
+def test_taking_many_rows_of_a_mapped_array_leaves_them_on_the_disk(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLI_CACHE", str(tmp_path / "cache"))
+    mapped = read_folder(folder, crops_in=tmp_path / "crops")
+    monkeypatch.setattr("dli.files.MANY", 1)
+    taken = mapped[mapped.clean]
+    assert is_mapped(taken.images) and (taken.images == np.asarray(mapped.images)[mapped.clean]).all()
+
+
+def test_an_interrupted_reading_leaves_nothing_and_a_damaged_cache_is_made_again(folder, tmp_path, monkeypatch):
+    import dli.data.folders as room
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "read_pair", stop)
+        with pytest.raises(KeyboardInterrupt):
+            read_folder(folder, crops_in=tmp_path / "crops")
+    assert [p.name for p in (tmp_path / "crops").iterdir() if p.is_dir()] == []
+    usual = read_folder(folder)
+    read_folder(folder, crops_in=tmp_path / "crops")
+    kept = next(p for p in (tmp_path / "crops").iterdir() if p.is_dir())
+    (kept / "masks.npy").write_bytes((kept / "masks.npy").read_bytes()[:500])
+    same_samples(usual, read_folder(folder, crops_in=tmp_path / "crops"))
+    (kept.with_name(kept.name + ".part")).mkdir()  # of a process that was killed
+    shutil.rmtree(kept)
+    same_samples(usual, read_folder(folder, crops_in=tmp_path / "crops"))
+
+
+READS = """
+import sys
+from dli.data.folders import read_folder
+samples = read_folder(sys.argv[1], crops_in=sys.argv[2])
+print(samples.source, int(samples.images.sum()), len(list(__import__("pathlib").Path(sys.argv[2]).glob("*/images.npy"))))
+"""
+
+
+def test_two_processes_read_at_once(folder, tmp_path):
+    command = [sys.executable, "-c", READS, str(folder), str(tmp_path / "crops")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in running]
+    assert told[0] == told[1] and told[0].split()[-1] == "1"
+
+
+PEAK = """
+import sys, tracemalloc
+from dli.data.folders import DataFile, read_folder
+data = DataFile(__import__("pathlib").Path(sys.argv[1]), "index", classes=("pit",), part="(.+)", crop=(256, 256))
+tracemalloc.start()
+samples = read_folder(data, crops_in=sys.argv[2])
+print(samples.images.nbytes + samples.masks.nbytes, tracemalloc.get_traced_memory()[1])
+"""
+
+
+def test_the_memory_never_holds_all_photographs(tmp_path):
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[100:110, 100:110] = 1
+    for n in range(48):
+        put(tmp_path / f"images/{n}.png", np.full((1024, 1024), n, np.uint8))
+        put(tmp_path / f"masks/{n}.png", mask)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(tmp_path / "crops")]
+    whole, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert whole == 96 * 2**20 and peak < whole / 3
+
+
+# Faults of single files
+
+def test_a_tiff_with_holes_is_named(folder):
+    levels = TILES.images[0].astype(np.float32)
+    levels[3, 4] = np.nan
+    path = first("images", folder)
+    path.unlink()
+    cv2.imwrite(str(path.with_suffix(".tiff")), levels)
+    with pytest.raises(ValueError, match="1 pixels are no numbers"):
+        read_folder(folder)
+    assert any(p.kind == "file" and "no numbers" in p.text for p in check_folder(folder).problems)
+
+
+@pytest.mark.parametrize("image_path", ["a.png", "", "..\\..\\images\\cam2\\a.png"])
+def test_labelme_files_of_two_folders_with_the_same_names(tmp_path, image_path):
+    for cam, label in (("cam1", "pit"), ("cam2", "dent")):
+        put(tmp_path / f"images/{cam}/a.png", np.full((32, 32), int(cam[-1]), np.uint8))
+        put_labelme(tmp_path / f"labels/{cam}/a.json", image_path.replace("cam2", cam), label)
+    samples = read_folder(DataFile(tmp_path, "labelme", part="(.+)"))
+    assert dict(zip(samples.table["name"], samples.table["class"])) == {"cam1/a": "pit", "cam2/a": "dent"}
+
+
+JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2, 99) | st.floats() | st.text(max_size=3),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2))
+
+
+@given(kind=st.sampled_from(["images", "annotations", "categories"]), key=st.sampled_from(
+    ["id", "file_name", "image_id", "category_id", "name", "segmentation", "bbox", "row"]), junk=JUNK)
+@settings(max_examples=150, deadline=None)
+def test_rows_of_coco_hold_anything(tmp_path_factory, kind, key, junk):
+    pytest.importorskip("pycocotools")
+    root = tmp_path_factory.mktemp("coco")
+    put(root / "images/a.png")
+    content = dict(images=[dict(id=7, file_name="a.png")], categories=[dict(id=90, name="pit")],
+                   annotations=[dict(id=1, image_id=7, category_id=90, segmentation=[SQUARE])])
+    content[kind][0] = junk if key == "row" else content[kind][0] | {key: junk}
+    (root / "coco.json").write_text(json.dumps(content))
+    data = DataFile(root, "coco", part="(.+)", clean="all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert len(read_folder(data)) == 1
+        except ValueError as error:
+            assert len(str(error)) > 20

@@ -10,4 +10,5 @@ __all__, __getattr__, __dir__ = door(__name__, {
     "synthetic": "synthetic_tiles",
     "folders": "LAYOUTS DataFile read_data_file read_folder",
     "check": "FolderCheck check_folder",
+    "guess": "Guess guess_data_file",
 })

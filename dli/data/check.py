@@ -7,12 +7,11 @@ __all__ = ['FolderCheck', 'check_folder']
 
 # %% ../../nbs/18_check.ipynb #491f1ca4
 import base64
-import hashlib
 import html
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,9 +21,10 @@ import pandas as pd
 
 from .annotations import BadFile, Note, as_bytes
 from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, given_sides,
-                              read_data_file, read_pair)
+                              read_data_file, read_pair, read_region, windows_of)
 from .samples import FREE, listed, name_classes
 from .splits import FOLDS
+from ..files import file_hash, in_order
 
 # %% ../../nbs/18_check.ipynb #20bbde8f
 def regions_of(
@@ -35,6 +35,7 @@ def regions_of(
     _, _, stats, _ = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=8)
     return stats[1:, cv2.CC_STAT_AREA]
 
+# %% ../../nbs/18_check.ipynb #b8d26a77
 def measure(
     entry: Entry,
     data: DataFile,
@@ -49,9 +50,19 @@ def measure(
     windows = geometry(image, mask, data)
     areas = {c: regions_of(mask, k) for k, c in enumerate(data.classes, 1)}
     left = {c: sum(int((m == k).any()) for _, _, m in windows) for k, c in enumerate(data.classes, 1)}
-    clean = sum(int(not (m[m != (-1 if data.ignore is None else data.ignore)] > 0).any()) for _, _, m in windows)
-    row = dict(name=entry.name, height=mask.shape[0], width=mask.shape[1], areas=areas, left=left, clean=clean,
-               windows=len(windows), digest=hashlib.sha256(entry.image.read_bytes()).hexdigest())
+    free = [not (m[m != (-1 if data.ignore is None else data.ignore)] > 0).any() for _, _, m in windows]
+    inside = [True] * len(free)
+    if entry.roi:  # a defect can be injected only where the region is
+        try:
+            regions_at = windows_of(read_region(entry, mask.shape, notes), data, True, 0)
+        except BadFile as e:
+            return None, [Note(entry.name, "roi", str(e))], None
+        inside = [bool(region.any()) for _, region in regions_at]
+    bare = data.crop or not any(map(len, areas.values()))  # a defect that is lost at this size makes no clean image
+    targets = sum(c and i for c, i in zip(free, inside)) if bare else 0
+    row = dict(name=entry.name, height=mask.shape[0], width=mask.shape[1], areas=areas, left=left,
+               clean=sum(free), targets=targets,
+               windows=len(windows), digest=file_hash(entry.image))
     return row, notes, thumbnail(image)
 
 # %% ../../nbs/18_check.ipynb #e7480e6a
@@ -73,33 +84,37 @@ def find_copies(
     parts: Sequence[str],  # of each row
 ) -> list[tuple[int, int, str]]:  # two row numbers of different parts, "equal" or "nearly equal"
     "Photographs that are the same under two parts."
-    alike = np.triu(thumbnails @ thumbnails.T > NEARLY_EQUAL, 1)
     digests = [r["digest"] for r in rows]
-    return [(int(i), int(j), "equal" if digests[i] == digests[j] else "nearly equal")
-            for i, j in zip(*np.nonzero(alike)) if parts[i] != parts[j]]
+    alike = [(i, i + 1 + int(j)) for i, own in enumerate(thumbnails)
+             for j in np.flatnonzero(thumbnails[i + 1:] @ own > NEARLY_EQUAL)]
+    return [(i, j, "equal" if digests[i] == digests[j] else "nearly equal") for i, j in alike if parts[i] != parts[j]]
 
 # %% ../../nbs/18_check.ipynb #42e1fb35
 def judge_parts(
-    name: str,  # of a class
-    parts: int,  # that show it
-    found: Found,  # its problems are appended to
-) -> None:
-    "Whether each of the five folds can validate a class: `split_samples` refuses what is refused here."
-    if parts < FOLDS:
-        shown = f"{parts} part" if parts == 1 else f"{parts} parts"
-        found.problems.append(Note(name, "parts", f"is seen on {shown}: {FOLDS} folds need at least {FOLDS}, "
-                                                  "add photographs of other parts"))
+    counts: dict[str, int],  # class -> parts that show it
+    found: Found,  # its notes and problems are appended to
+) -> int:  # folds
+    "How many folds the classes have parts for: `possible_folds` and `split_samples` refuse what is refused here."
+    for name, parts in counts.items():
+        if parts < 2:
+            shown = f"is seen on {parts} {'part' if parts == 1 else 'parts'}"
+            found.problems.append(Note(name, "parts", f"{shown}: a network can't train on one part and be judged on "
+                                                      "another; add photographs of other parts, or leave it out"))
+        elif parts < FOLDS:
+            found.notes.append(Note(name, "parts", f"is seen on {parts} parts: there are at most {parts} folds in the "
+                                                   f"place of {FOLDS}"))
+    fewest = min(counts.values(), default=0)
+    return min(fewest, FOLDS) if fewest > 1 else 0
 
+# %% ../../nbs/18_check.ipynb #72bdcd09
 def judge_classes(
     table: pd.DataFrame,  # of `count_classes`
     clean: int,  # images or windows to inject into
     found: Found,  # its notes and problems are appended to
-) -> None:
+) -> int:  # folds
     "Whether there is enough of each class, and anything to inject into."
     for name, row in table.iterrows():
-        if row["images"] or (name == FREE and clean):
-            judge_parts(name, row["parts"], found)
-        elif name != FREE:
+        if name != FREE and not row["images"]:
             found.problems.append(Note(name, "class", "is a class that no mask shows"))
         if row["lost"]:
             found.notes.append(Note(name, "lost", f"is lost on {row['lost']} photographs at the size to train at: "
@@ -107,6 +122,7 @@ def judge_classes(
     if not clean:
         found.problems.append(Note("clean", "clean", "images are missing: there is nothing to inject into. Windows of "
                                                      "photographs are often clean: try crop instead of size"))
+    return judge_parts({n: int(r["parts"]) for n, r in table.iterrows() if r["parts"] or r["images"]}, found)
 
 # %% ../../nbs/18_check.ipynb #0b53892d
 def judge_split(
@@ -185,17 +201,23 @@ class FolderCheck:
     photographs: int  # that could be read
     parts: int  # different ones among them
     images: int  # that training would see: photographs, or their windows
-    clean: int  # of these, without a defect
+    clean: int  # of these, without a defect: defects are injected into them
+    folds: int  # how many the parts allow, 0 or 2..5
     sizes: dict[str, int]  # "height x width" -> photographs
     classes: pd.DataFrame  # a row a class: images, parts, regions, smallest and median region in pixels, lost
     problems: list[Note] = field(default_factory=list)  # training would break or learn wrong things
     notes: list[Note] = field(default_factory=list)  # good to know
     pictures: dict[str, list[bytes]] = field(default_factory=dict, repr=False)  # class -> PNG files
+    seconds: float = 0.0  # that reading all photographs took
 
     @property
     def ok(self) -> bool:
         "Whether training can begin."
         return not self.problems
+    @property
+    def breaks(self) -> bool:
+        "Whether training would break, or learn wrong things; notes alone don't."
+        return bool(self.problems)
 
     def __str__(self) -> str:
         return report_text(self)
@@ -203,8 +225,8 @@ class FolderCheck:
     def to_json(self) -> str:
         "Everything but the pictures, as JSON."
         values = {k: v for k, v in vars(self).items() if k not in ("classes", "problems", "notes", "pictures")}
-        values |= dict(ok=self.ok, classes=self.classes.to_dict("index"), problems=[asdict(n) for n in self.problems],
-                       notes=[asdict(n) for n in self.notes])
+        values |= dict(ok=self.ok, breaks=self.breaks, classes=self.classes.to_dict("index"),
+                       problems=[asdict(n) for n in self.problems], notes=[asdict(n) for n in self.notes])
         return json.dumps(values, indent=1, default=int)
 
     def to_html(self) -> str:
@@ -229,32 +251,52 @@ def facts(check: FolderCheck) -> list[str]:
     sizes = ", ".join(f"{s} ({n})" for s, n in list(check.sizes.items())[:4])
     more = f" and {len(check.sizes) - 4} other sizes" if len(check.sizes) > 4 else ""
     lines = [f"{check.photographs} photographs of {check.parts} parts, {sizes}{more}"]
-    if check.images != check.photographs:
-        lines.append(f"{check.images} windows, {check.clean} of them without a defect")
-    return lines
+    what = "windows" if check.images != check.photographs else "photographs"
+    share = check.clean / max(check.images, 1)
+    lines.append(f"{check.clean} of {check.images} {what} ({share:.0%}) show no defect: these are injected into")
+    bare = int(check.classes.loc[FREE, "images"])
+    if what == "windows" and check.clean and not bare:
+        lines.append("No photograph is without a defect: the windows are what makes clean images")
+    lines.append(f"{check.folds} folds are possible" if check.folds else "No fold is possible yet")
+    return [*lines, f"Read in {check.seconds:.1f} seconds"]
 
+# %% ../../nbs/18_check.ipynb #62c7686c
 def report_text(check: FolderCheck) -> str:
     "The report as lines of text."
-    lines = [f"{check.root} ({check.layout})", *facts(check), "", check.classes.to_string()]
+    lines = [f"{check.root} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
     for title, found in (("Problems", check.problems), ("Good to know", check.notes)):
         if found:
             lines += ["", f"{title}:", *(f"  {s}" for s in sentences(found))]
-    return "\n".join([*lines, "", "Ready to train." if check.ok else "Mend the problems before you train."])
+    return "\n".join([*lines, "", verdict(check)])
+
+def verdict(check: FolderCheck) -> str:
+    "What to do, in a sentence."
+    return "Mend the problems before you train." if check.breaks else "Ready to train."
+
+def readable(
+    classes: pd.DataFrame,  # of `count_classes`
+) -> pd.DataFrame:
+    "The table with words that need no explanation."
+    names = dict(images="photographs", smallest="smallest (pixels)", median="median (pixels)",
+                 lost="lost at this size")
+    return classes.rename(columns=names, index={FREE: "without a defect"}).rename_axis(None)
 
 # %% ../../nbs/18_check.ipynb #4f8076ec
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
          "body{color:#222;background:#fff}"
          "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ccc}"
-         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-height:12rem}"
-         ".bad{color:#a00}@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}}")
+         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-width:100%;max-height:14rem}"
+         ".wide{overflow-x:auto}.good{color:#060;font-weight:bold}.bad{color:#a00;font-weight:bold}"
+         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}.good{color:#8d8}}")
 
 def report_page(check: FolderCheck) -> str:
     "The report as a page of HTML."
     escape = html.escape
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
              f"<title>Check of {escape(Path(check.root).name)}</title><style>{STYLE}</style>",
-             f"<h1>{escape(Path(check.root).name)}</h1>", *(f"<p>{escape(s)}</p>" for s in facts(check)),
-             check.classes.to_html(border=0)]
+             f"<h1>{escape(Path(check.root).name)}</h1>",
+             f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>", "<ul>", *(f"<li>{escape(s)}</li>" for s in facts(check)), "</ul><div class=wide>",
+             readable(check.classes).to_html(border=0), "</div>"]
     for title, found, kind in (("Problems", check.problems, "bad"), ("Good to know", check.notes, "")):
         if found:
             items = "".join(f"<li>{escape(s)}</li>" for s in sentences(found))
@@ -262,7 +304,7 @@ def report_page(check: FolderCheck) -> str:
     for name, files in check.pictures.items():
         coded = [base64.b64encode(f).decode() for f in files]
         shown = "".join(f"<img alt='{escape(name)}' src='data:image/png;base64,{c}'>" for c in coded)
-        parts.append(f"<h2>{escape(name)}</h2><p>{shown}</p>")
+        parts.append(f"<h2>{escape(name if name != FREE else 'Without a defect')}</h2><p>{shown}</p>")
     return "\n".join([*parts, "</html>"])
 
 # %% ../../nbs/18_check.ipynb #36aa3c63
@@ -272,11 +314,11 @@ COLOURS = ((255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 
 def outlined(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W)
-) -> bytes:  # a PNG file, 320 pixels wide
+) -> bytes:  # a PNG file, 480 pixels wide
     "A photograph with the outlines of its defects."
     picture = as_bytes(image, 3).copy()
-    factor = 320 / picture.shape[1]
-    size = (320, max(round(picture.shape[0] * factor), 1))
+    factor = 480 / picture.shape[1]
+    size = (480, max(round(picture.shape[0] * factor), 1))
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST)
     large = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
     for value in np.unique(mask[mask > 0]):
@@ -305,22 +347,24 @@ def check_folder(
     data: DataFile | Path | str,  # how to read; or the path of a YAML file, or of a folder with a parts.yaml
     split: Path | str | None = None,  # CSV with columns name and split: what it leaks is reported
     pictures: bool = False,  # True: draw some photographs of each class, for `to_html`
+    progress: bool = False,  # True: a bar with the time left, if it takes longer than some seconds
 ) -> FolderCheck:
     """Look at everything that training would read, and write nothing.
 
     A damaged file is a finding, not an error. Raises ValueError or FileNotFoundError where the data file is wrong."""
-    data = data if isinstance(data, DataFile) else read_data_file(data)
-    data, found = find_entries(data)
+    start = time.perf_counter()
+    data, found = find_entries(data if isinstance(data, DataFile) else read_data_file(data))
     entries = found.entries
     span = find_span(entries, found)
-    with ThreadPoolExecutor() as pool:
-        measured = list(pool.map(lambda e: measure(e, data, span), entries))
+    measured = list(in_order(lambda e: measure(e, data, span), entries, "checking" if progress else ""))
     for row, notes, _ in measured:
         (found.notes if row else found.problems).extend(notes)
     good = [i for i, (row, _, _) in enumerate(measured) if row]
     rows = [measured[i][0] for i in good]
-    return make_report(data, found, [entries[i] for i in good], rows,
-                       [measured[i][2] for i in good], span, split and Path(split), pictures)
+    check = make_report(data, found, [entries[i] for i in good], rows,
+                        [measured[i][2] for i in good], span, split and Path(split), pictures)
+    check.seconds = time.perf_counter() - start
+    return check
 
 # %% ../../nbs/18_check.ipynb #16ddbe1c
 def parts_of(data: DataFile, names: Sequence[str], found: Found) -> list[str]:
@@ -349,11 +393,11 @@ def make_report(data, found, entries, rows, thumbnails, span, split, pictures) -
         found.notes.append(Note(names[j], "copy", text))
     judge_split(data, names, parts, copies, split, found)
     table = count_classes(rows, parts, data.classes, bool(data.crop))
-    clean = sum(r["clean"] for r in rows) if data.crop else int(table.loc[FREE, "images"])
-    judge_classes(table, clean, found)
+    clean = sum(r["targets"] for r in rows)
+    folds = judge_classes(table, clean, found)
     sizes = Counter(f"{r['height']} x {r['width']}" for r in rows)
     if len(sizes) > 1 and not data.size and not data.crop:
         found.problems.append(Note("sizes", "size", f"differ ({', '.join(list(sizes)[:3])}): say size or crop"))
     shown = take_pictures(rows, pair, data.classes) if pictures else {}
     return FolderCheck(str(data.root), data.layout, len(rows), len(set(parts)), sum(r["windows"] for r in rows), clean,
-                       dict(sizes.most_common()), table, found.problems, found.notes, shown)
+                       folds, dict(sizes.most_common()), table, found.problems, found.notes, shown)

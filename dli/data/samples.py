@@ -386,7 +386,7 @@ def check_samples(
     fields = dict(images=images, masks=masks, table=table, classes=classes, ignore_index=ignore_index)
     return fields, find_lost(table, masks, classes)
 
-# %% ../../nbs/10_samples.ipynb #68983b85
+# %% ../../nbs/10_samples.ipynb #0fb4e84c
 def as_roi(
     roi,  # (N, H, W), or (H, W) for all images: not zero where a defect may be injected; None: anywhere
     names: pd.Series,  # of the images
@@ -408,7 +408,7 @@ def as_levels(levels) -> tuple[float, float] | None:
     if levels is None:
         return None
     low, high = map(float, levels)
-    if not -np.inf < low < high < np.inf:
+    if not -np.inf < low <= high < np.inf:
         raise ValueError(f"levels: expected the lowest and the highest level of the photographs, got {levels}")
     return low, high
 
