@@ -603,7 +603,7 @@ def test_indexing_by_mask_slice_and_number(synthetic):
 @pytest.mark.parametrize("change, message", [
     (lambda s: dict(images=s.images.astype(float)), r"images: expected uint8 .* got float64"),
     (lambda s: dict(images=s.images[:, None]), r"images: expected uint8 \(N, H, W\).*channels come last"),
-    (lambda s: dict(images=s.images[..., None].repeat(4, -1)), r"images: .*one channel \(grey\) or three"),
+    (lambda s: dict(images=s.images[..., None].repeat(40, -1)), r"images: .*an image is \(H, W\), or \(H, W, C\)"),
     (lambda s: dict(masks=s.masks[:-1]), r"table: expected 199 rows, one per image \(masks\), got 200"),
     (lambda s: dict(masks=s.masks[:, :-1]), r"masks: expected whole numbers \(200, 32, 32\) like the images"),
     (lambda s: dict(classes=s.classes[:2]), r"table: expected the classes .* got also \['Crack', 'Fray', 'Uneven'\]"),
