@@ -52,7 +52,7 @@ def read_photograph(
         raise BadFile(f"{path}: no such file")
     return as_photograph(read_levels(path)[0], notes, path.name)
 
-# %% ../../nbs/71_predictor.ipynb #acdc2c5b
+# %% ../../nbs/71_predictor.ipynb #df9033e9
 def as_list(
     images,  # a path, an array or tensor, or a sequence of those
 ) -> list:  # paths and arrays
@@ -73,7 +73,7 @@ def as_list(
     raise ValueError("images: expected one photograph (H, W) or (H, W, 3), or several, (N, H, W) or (N, H, W, 3), got "
                      f"{images.shape}: channels come last, without transparency; of few photographs pass a list")
 
-
+# %% ../../nbs/71_predictor.ipynb #266afe20
 def get_photograph(
     image: str | Path | np.ndarray,
     notes: ModelNotes,
