@@ -148,7 +148,7 @@ class DataFields:
     weights_hash: str | None = None  # SHA-256 of that file; None: no file, or not computed yet (see `resolve`)
     dataset: str = "auto"  # a key of `DATASETS`; "auto": the Magnetic Tiles, else synthetic ones; or a data file's path
     data: str | None = None  # fingerprint of the data; None: not computed yet (see `resolve`)
-    split: str | None = None  # "tile", "image" (the paper's random split), "given"; None: what the data file gives, or "tile"
+    split: str | None = None  # "tile", "image" (the paper's), "given"; None: what the data file gives, or "tile"
     fold: int = 0  # 0..4: which fifth of the tiles is validated; some data files allow fewer folds
     partition: int = 0  # 0, 1, ...: which way of dealing the tiles into folds
     seed: int | None = None  # of the training; None: 5 * partition + fold
@@ -300,7 +300,7 @@ NUMBERS = dict(fraction=(1e-6, 1), lr=(1e-8, 1), warmup=(0, 1), beta2=(0, 1), p_
                min_contrast=(0, 1))
 FLAGS = ("clean_validation", "keep_empty", "mix_gradients", "grow_label", "components")
 
-
+# %% ../../nbs/51_config.ipynb #ece94898
 def plain_size(
     size,  # expected: a whole number, or two of them
     own: bool,  # the photographs are one's own
@@ -315,7 +315,7 @@ def plain_size(
         raise ValueError(f"image_size={size!r}: expected a multiple of 8 (the encoder halves it three times)")
     return pair[0] if pair[0] == pair[1] else tuple(pair)
 
-
+# %% ../../nbs/51_config.ipynb #b0cc6316
 def plain_fields(
     given: dict,  # the fields of a configuration
 ) -> dict:
@@ -417,7 +417,7 @@ KEY_DEFAULTS = dict(
     fill="uniform", choose="rarest", mix_gradients=False, region="exact", grow_label=False, margin=1, threshold=127,
     dice="image")
 
-
+# %% ../../nbs/51_config.ipynb #7b52cb1d
 def settled(
     config: RunConfig,
 ) -> RunConfig:  # resolved
@@ -433,7 +433,7 @@ def key_dataset(
     "What stands for the data set in a key: a name of the table, never a path. `data` says which photographs they are."
     return config.dataset if config.dataset in DATASETS else "folder"
 
-
+# %% ../../nbs/51_config.ipynb #60ba10fe
 def run_content(
     config: RunConfig,
 ) -> dict:

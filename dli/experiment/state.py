@@ -26,8 +26,7 @@ from tqdm.auto import tqdm
 from ..data.folders import make_plan
 from ..data.samples import Samples
 from .loader import batches, run_injection
-from .config import (RECIPE, RunConfig, evaluation_steps, key_dataset, learning_rate, resolve,
-                                    run_name)
+from .config import RECIPE, RunConfig, evaluation_steps, key_dataset, learning_rate, resolve, run_name
 from .datasets import DATASETS, Dataset, find_dataset
 from .evaluation import predict_samples
 from .steps import GraphBody, GraphStep, run_loss, run_model, torch_dtype, train_step
@@ -105,8 +104,8 @@ def check_samples(
         expected.append(f"folder {make_plan(file, train.levels).source}")
     for part, samples in dict(training=train, validation=val).items():
         if samples.source not in expected and (own or config.dataset in OURS):
-            raise ValueError(f"the {part} samples are of {samples.source!r}, the config is of {expected[0]!r}: take them "
-                             "from run_samples(config), or pass a config whose dataset is a data file of these "
+            raise ValueError(f"the {part} samples are of {samples.source!r}, the config is of {expected[0]!r}: take "
+                             "them from run_samples(config), or pass a config whose dataset is a data file of these "
                              "photographs, or a row of DATASETS")
     if train.clean.all():
         raise ValueError(f"none of the {len(train)} training images shows a defect: there is nothing to learn")
@@ -362,15 +361,16 @@ def save_state(
             write_curve(folder, state.curve)
         save_checkpoint(state, folder)
 
-
+# %% ../../nbs/56_state.ipynb #954f3a8b
 TIMED_STEPS = 20  # after so many a run says how long it will take
 
 
-def say_time(
+def count_step(
     bar: tqdm,
-    taken: int,  # steps since it began
 ) -> None:
-    "Say how long the run will take, once its first steps have been timed."
+    "Count a step; say how long the run will take, once its first steps have been timed."
+    bar.update()
+    taken = bar.n - bar.initial
     if bar.disable or taken != TIMED_STEPS or bar.n >= bar.total:
         return
     minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / taken / 60
@@ -397,17 +397,16 @@ def take_steps(
     val: Samples,
     folder: Path | None,  # where checkpoints and the curve are kept; None: nowhere
     bar: tqdm,
-    log: Callable[[dict], None] | None = None,  # is called with each new line of the curve
+    log: Callable[[dict], None],  # is called with each new line of the curve
 ) -> None:
     "Take all steps that are left."
     loss, stops = run_loss(state.config, train), evaluation_steps(state.config)
-    first, saved = state.step, time.perf_counter()
+    saved = time.perf_counter()
     zero = saved - state.seconds["total"]
     to_come = batches(state.config, train, state.inject, torch.device("cpu"), state.step)
     for images, masks in itertools.islice(to_come, state.config.steps - state.step):
         advance(state, loss, images, masks)
-        bar.update()
-        say_time(bar, state.step - first)
+        count_step(bar)
         state.seconds["total"] = time.perf_counter() - zero
         if state.step not in stops and time.perf_counter() - saved < CHECKPOINT_SECONDS:
             continue
@@ -416,8 +415,7 @@ def take_steps(
         if state.step in stops:
             score_validation(state, val)
             show_progress(bar, state)
-            if log is not None:
-                log(dict(state.curve[-1]))
+            log(dict(state.curve[-1]))
         state.seconds["total"] = time.perf_counter() - zero
         if folder is not None:
             save_state(state, folder)
@@ -447,6 +445,6 @@ def fit(
         if progress:
             bar.write(f"{config.steps - state.step} steps of {config.batch_size} images to go: {len(train)} images "
                       f"train, {len(val)} validate")
-        take_steps(state, train, val, folder, bar, log)
+        take_steps(state, train, val, folder, bar, log or (lambda line: None))
     finish(state, val)
     return state
