@@ -1,11 +1,33 @@
 """Deployment: model files, prediction on photographs, thresholds, and the scores of a model."""
+import itertools
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import cv2
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dli.data.folders import DataFile, geometry
+from dli.data.samples import FREE, Samples
+from dli.deploy.judging import judge
+from dli.deploy.prediction import predict_files
+from dli.deploy.predictor import Predictor, load
+from dli.deploy.stitching import Canvas, at_scale, drop_small, find_defects, spans
+from dli.deploy.thresholds import allowed_alarms, choose_thresholds, share_alarms
+from dli.experiment.config import RunConfig, resolve
+from dli.experiment.datasets import DATASETS
+from dli.experiment.loader import run_samples
+from dli.experiment.store import run_folder
+from dli.experiment.training import load_model, run
+from dli.files import read_table
 from dli.network.modelfile import ModelNotes, build_model, find_models, read_notes, save_model, save_notes
 from dli.network.models import lightweight_unet, save_weights
 from dli.network.speed import faster
@@ -142,3 +164,503 @@ def test_a_grey_start_sees_equal_channels_as_it_saw_one(stored):
     rgb = lightweight_unet("efficientnet_lite0", 2, stored, decoder_channels=(64, 32)).eval()
     image = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(rgb(image.expand(1, 3, 32, 32)), grey(image), rtol=1e-4, atol=1e-4)
+
+
+# ---- to the network's scale and back ---------------------------------------------------------------------------------
+
+class Threshold(torch.nn.Module):
+    "A network that looks at one pixel: channel k is the grey level against (k + 1) / (K + 1)."
+    def __init__(self, classes=2):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        levels = torch.arange(1, self.classes + 1).view(1, -1, 1, 1) / (self.classes + 1)
+        return 8 * (x[:, :1] - levels)
+
+
+class Convolutions(torch.nn.Module):
+    "A network that is the same function everywhere, with the strides of the real one; it sees 22 pixels far."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.down = torch.nn.Conv2d(1, 4, 8, stride=8)
+        self.middle = torch.nn.Conv2d(4, 8, 3, padding=1)
+        self.up = torch.nn.ConvTranspose2d(8, 2, 8, stride=8)
+
+    def forward(self, x):
+        return 20 * self.up(torch.tanh(self.middle(torch.tanh(self.down(x)))))
+
+
+def predictor_of(network, **how) -> Predictor:
+    plain = dict(classes=("Crack", "Fray"), encoder="efficientnet_lite0", decoder=(64, 32), channels=1, mean=0.0,
+                 deviation=1.0)
+    return Predictor(network.eval(), ModelNotes(**plain | how), torch.device("cpu"))
+
+
+def noise(*shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+SIDE = st.integers(1, 150)
+SCALED = st.one_of(st.fixed_dictionaries(dict(size=st.tuples(st.integers(8, 70), st.integers(8, 70)), pad=st.booleans(),
+                                              scale=st.sampled_from([0.3, 1.0, 2.0]))),
+                   st.fixed_dictionaries(dict(crop=st.tuples(st.integers(8, 70), st.integers(8, 70)),
+                                              scale=st.sampled_from([0.3, 1.0, 2.0]))))
+
+
+@settings(deadline=None, max_examples=150)
+@given(SIDE, SIDE, SCALED)
+def test_the_network_sees_what_training_showed_it(height, width, how):
+    image = noise(height, width)
+    seen, inner = at_scale(image, predictor_of(Threshold(), **how).notes)
+    windows = geometry(image, image, DataFile(Path(), "index", **how))
+    assert not (seen.shape[0] % 8 or seen.shape[1] % 8) and seen.shape[0] >= inner[0] and seen.shape[1] >= inner[1]
+    for end, window, _ in windows:
+        y, x = map(int, re.fullmatch(r"_y(\d+)_x(\d+)", end).groups()) if end else (0, 0)
+        assert np.array_equal(seen[y:y + window.shape[0], x:x + window.shape[1]], window)
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_each_pixel_is_taken_from_the_window_whose_border_is_furthest(length, window):
+    length, window = 8 * max(length, window), 8 * window
+    found = spans(length, window)
+    assert [first for _, first, _ in found] == [0, *[last for *_, last in found[:-1]]] and found[-1][2] == length
+    assert all(start % 8 == 0 and 0 <= start <= length - window for start, *_ in found)
+    starts = np.array([start for start, *_ in found])
+    inside = lambda p, s: min(p - s + 1 if s else length, s + window - p if s + window < length else length)
+    for start, first, last in found:
+        for p in {first, (first + last) // 2, last - 1} & set(range(first, last)):
+            best = max(inside(p, s) for s in starts if s <= p < s + window)
+            assert inside(p, start) >= best - 1  # in the middle of an overlap both are as near
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIDE, SIDE, SCALED)
+def test_masks_have_the_size_of_the_photograph_and_are_what_the_probabilities_say(height, width, how):
+    found = predictor_of(Threshold(), **how)(noise(height, width))
+    mask, probabilities = found.masks[0], found.probabilities[0]
+    assert mask.shape == (height, width) and mask.dtype == np.uint8
+    assert probabilities.shape == (2, height, width) and probabilities.dtype == np.float32
+    assert ((0 <= probabilities) & (probabilities <= 1)).all()
+    above = np.where(probabilities >= 0.5, probabilities, -1)
+    assert np.array_equal(mask, np.where(above.max(0) > 0, above.argmax(0) + 1, 0))
+    assert found.defective.tolist() == [len(found.defects) > 0]
+
+
+@pytest.mark.parametrize("shape", [(200, 264), (203, 270), (64, 500), (72, 72)])
+def test_stitched_windows_are_the_whole_image_where_the_network_sees_enough(shape):
+    image = noise(*shape)
+    network = Convolutions()  # sees the pixel's block of 8 and the blocks beside it; windows overlap by 24 and more
+    whole, stitched = (predictor_of(network, crop=crop)(image) for crop in ((512, 512), (96, 96)))
+    inner = tuple(slice(8, -8) for _ in shape)  # what is beyond the edge depends on how much is filled up
+    np.testing.assert_allclose(stitched.probabilities[0][:, *inner], whole.probabilities[0][:, *inner], atol=1e-6)
+    if shape[0] >= 96:
+        direct = torch.from_numpy(image[None, None, :200, :264].astype(np.float32)) / 255
+        with torch.inference_mode():
+            expected = network(direct).sigmoid()[0].numpy()
+        inner = slice(8, 192), slice(8, 256)
+        np.testing.assert_allclose(stitched.probabilities[0][:, *inner], expected[:, *inner], atol=1e-6)
+
+
+def test_the_shape_of_the_photograph_does_not_change_what_a_batch_gives():
+    predictor = predictor_of(Convolutions(), crop=(32, 40))
+    images = [noise(20, 100, seed=1), noise(64, 64, seed=2), noise(7, 7, seed=3), noise(64, 64, seed=4)]
+    together = predictor(images)
+    for i, image in enumerate(images):
+        np.testing.assert_allclose(predictor(image).probabilities[0], together.probabilities[i], atol=1e-6)
+    assert len(predictor([])) == 0
+
+
+# ---- regions, masks, defects -----------------------------------------------------------------------------------------
+
+def expected_mask(probabilities, limits) -> np.ndarray:
+    regions = np.stack([drop_small(p >= limit, area) for p, (limit, area) in zip(probabilities, limits)])
+    best = np.where(regions, probabilities, -1).argmax(0) + 1
+    return np.where(regions.any(0), best, 0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.lists(st.integers(1, 30), min_size=4, max_size=4), st.booleans())
+def test_a_canvas_filled_in_pieces_is_the_definition(seed, classes, areas, coarse):
+    rng = np.random.default_rng(seed)
+    probabilities = cv2.GaussianBlur(rng.random((24, 30, classes)).astype(np.float32), (0, 0), 1.5)
+    probabilities = np.moveaxis(probabilities.reshape(24, 30, classes), 2, 0)
+    if coarse:
+        probabilities = np.round(probabilities, 1).astype(np.float32)  # ties
+    limits = [(float(rng.uniform(0.4, 0.6)), area) for area in areas[:classes]]
+    canvas = Canvas((24, 30), limits)
+    for rows in (slice(0, 10), slice(10, 24)):
+        for columns in (slice(0, 17), slice(17, 30)):
+            for k in range(classes):
+                canvas.add(k, rows, columns, probabilities[k, rows, columns])
+    mask, score = canvas.finish()
+    assert np.array_equal(mask, expected_mask(probabilities, limits))
+    own = np.take_along_axis(probabilities, mask[None].astype(int) - 1, 0)[0]
+    assert np.array_equal(score, np.where(mask > 0, own, 0))
+    names = tuple("abcd"[:classes])
+    defects = find_defects(mask, score, names)
+    assert sum(d["area"] for d in defects) == (mask > 0).sum()
+    for d in defects:
+        box = slice(d["top"], d["top"] + d["height"]), slice(d["left"], d["left"] + d["width"])
+        assert (mask[box] == names.index(d["class"]) + 1).sum() >= d["area"]
+
+
+# ---- photographs -----------------------------------------------------------------------------------------------------
+
+def test_deep_photographs_are_scaled_as_in_training(tmp_path):
+    deep = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    predictor = predictor_of(Threshold(), levels=(0, 4095))
+    shallow = np.rint(deep / 4095 * 255).astype(np.uint8)
+    same = [predictor(x).probabilities[0] for x in (deep, tmp_path / "deep.png", shallow)]
+    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
+    with pytest.raises(ValueError, match="image 0: holds uint16, the model was trained on photographs of eight bits"):
+        predictor_of(Threshold())(deep)
+
+
+def test_phones_turn_photographs(tmp_path):
+    upright = noise(24, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
+    predictor = predictor_of(Threshold())
+    assert np.array_equal(predictor(tmp_path / "turned.png").masks[0], predictor(upright).masks[0])
+
+
+def test_grey_models_take_rgb_photographs_and_the_other_way_round():
+    grey = noise(16, 16)
+    rgb = np.repeat(grey[:, :, None], 3, axis=2)
+    for channels in (1, 3):
+        predictor = predictor_of(Threshold(), channels=channels)
+        assert np.array_equal(predictor(grey).masks[0], predictor(rgb).masks[0])
+        assert np.array_equal(predictor(torch.from_numpy(rgb)).masks[0], predictor([rgb]).masks[0])
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (noise(3, 64, 64), "channels come last"), (noise(16, 16, 4), "without transparency"),
+    ([noise(16, 16, 4)], "image 0: expected a photograph"),
+    (noise(0, 16), "image 0: expected a photograph"), (np.zeros((8, 8)), "holds float64"),
+    (np.zeros((8, 8), bool), "holds bool"), ([noise(8, 8), "nothing.png"], "nothing.png: no such file")])
+def test_what_is_no_photograph_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        predictor_of(Threshold())(wrong)
+
+
+def test_a_photograph_of_another_kind_is_a_type_error():
+    for wrong in (3, b"abc", [3], {"image": noise(8, 8)}):
+        with pytest.raises(TypeError, match="images: expected paths or arrays"):
+            predictor_of(Threshold())(wrong)
+
+
+def test_a_diverged_network_is_an_error():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            return torch.full_like(x, float("nan")).expand(-1, 2, -1, -1)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        predictor_of(Broken())(noise(16, 16))
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    "Eight photographs in two folders: one broken, one empty, one a text, one of another size."
+    for i in range(6):
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(20 + 10 * i, 30, seed=i)).save(path)
+    (tmp_path / "photos" / "a" / "4.png").write_bytes((tmp_path / "photos" / "a" / "0.png").read_bytes()[:60])
+    (tmp_path / "photos" / "a" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "photos" / "notes.txt").write_text("no photograph")
+    return tmp_path / "photos"
+
+
+def test_a_folder_is_predicted_though_files_are_broken(folder, tmp_path):
+    predictor, out = predictor_of(Threshold(), crop=(16, 16)), tmp_path / "out"
+    table = predict_files(predictor, folder, out, overlays=True, progress=False)
+    assert table["image"].tolist() == ["a/0.png", "a/2.png", "a/4.png", "a/empty.jpg", "b/1.png", "b/3.png", "b/5.png"]
+    broken = table["verdict"] == "unreadable"
+    assert table["image"][broken].tolist() == ["a/4.png", "a/empty.jpg"]
+    assert all("can't be read" in reason for reason in table["reason"][broken])
+    rows = []
+    for name in table["image"][~broken]:
+        mask = np.asarray(Image.open(out / "masks" / name))
+        found = predictor(folder / name)
+        assert np.array_equal(mask, found.masks[0])
+        rows += found.defects.assign(image=name).to_dict("records")
+        overlay = np.asarray(Image.open((out / "overlays" / name).with_suffix(".jpg")))
+        assert overlay.shape == (*mask.shape, 3)
+    stored = read_table(out / "defects.csv", text=("image", "class"))
+    assert stored.to_dict("records") == rows
+    assert read_table(out / "images.csv", text=("image", "reason")).equals(table)
+    verdict = dict(zip(table["image"], table["verdict"]))
+    assert all(verdict[row["image"]] == "defect" for row in rows)
+
+
+def test_results_within_the_folder_are_no_photographs(folder):
+    predictor = predictor_of(Threshold())
+    first = predict_files(predictor, folder, folder / "found", progress=False)
+    assert predict_files(predictor, folder, folder / "found", progress=False).equals(first)
+
+
+def test_photographs_of_one_name(tmp_path):
+    for name in ("1.png", "1.bmp", "2.png", "2_mask.png"):
+        Image.fromarray(noise(16, 16)).save(tmp_path / name)
+    table = predict_files(predictor_of(Threshold()), tmp_path, tmp_path / "out", progress=False)
+    assert table["image"].tolist() == ["1.bmp", "1.png", "2.png"]
+    assert sorted(p.name for p in (tmp_path / "out" / "masks").iterdir()) == ["1.bmp.png", "1.png.png", "2.png"]
+    (tmp_path / "more").mkdir()
+    Image.fromarray(noise(16, 16)).save(tmp_path / "more" / "2.png")
+    with pytest.raises(ValueError, match="would both be named 2.png"):
+        predict_files(predictor_of(Threshold()), [tmp_path / "2.png", tmp_path / "more"], tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.parametrize("paths, error, said", [
+    ("nowhere", FileNotFoundError, "no such file or folder"), ([], ValueError, "expected photographs or folders"),
+    (".", ValueError, "no photograph in it")])
+def test_paths_without_photographs(paths, error, said, tmp_path):
+    paths = tmp_path / paths if isinstance(paths, str) else paths
+    with pytest.raises(error, match=said):
+        predict_files(predictor_of(Threshold()), paths, tmp_path / "out", progress=False)
+
+
+def test_what_is_finished_stays(folder, tmp_path):
+    class Stopped(Threshold):
+        batches = 0
+
+        def forward(self, x):
+            self.batches += 1
+            if self.batches > 2:
+                raise KeyboardInterrupt
+            return super().forward(x)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(predictor_of(Stopped()), folder, out, progress=False)
+    table = read_table(out / "images.csv", text=("image", "reason"))
+    written = {f"{p.parent.name}/{p.name}" for p in (out / "masks").rglob("*.png")}
+    assert 0 < len(table) < 7 and written == set(table["image"][table["verdict"] != "unreadable"])
+    assert not list(out.rglob("*.part"))
+
+
+def test_a_large_photograph_is_never_in_the_network_whole():
+    class Watched(Threshold):
+        seen = 0
+
+        def forward(self, x):
+            self.seen = max(self.seen, x.numel())
+            return super().forward(x)
+    for how in (dict(crop=(64, 64)), {}):
+        network = Watched()
+        predictor_of(network, **how)(np.full((2100, 2500), 200, np.uint8))
+        assert 0 < network.seen <= (2**20 if how else 2048**2)
+
+
+# ---- thresholds ------------------------------------------------------------------------------------------------------
+
+class Grey(torch.nn.Module):
+    "The probability of class k is channel k of an RGB photograph."
+    def forward(self, x):
+        return torch.logit(x[:, :2].clamp(1e-4, 1 - 1e-4))
+
+
+def grey_predictor() -> Predictor:
+    return predictor_of(Grey(), channels=3)
+
+
+def random_samples(seed, clean, defective, seen=2) -> Samples:
+    "Photographs whose first two channels are probabilities, those of the defects a little higher."
+    rng = np.random.default_rng(seed)
+    n = clean + defective
+    images = rng.integers(0, rng.integers(100, 256), (n, 16, 16, 3))
+    images = np.stack([cv2.GaussianBlur(i.astype(np.float32), (0, 0), rng.uniform(0.3, 1.5)) for i in images])
+    label = np.array([0] * clean + [1 + i % seen for i in range(defective)])
+    masks = np.zeros((n, 16, 16), np.uint8)
+    for i in np.flatnonzero(label):
+        y, x, side = rng.integers(0, 10, 2).tolist() + [rng.integers(2, 6)]
+        masks[i, y:y + side, x:x + side] = label[i]
+        images[i, y:y + side, x:x + side, label[i] - 1] += rng.uniform(0, 120)
+    names = np.array([FREE, "Crack", "Fray"])[label]
+    table = pd.DataFrame({"name": [f"{i}" for i in range(n)], "class": names, "tile": range(n), "exposure": 0,
+                          "width": 16, "height": 16, "usable": True})
+    return Samples(images.clip(0, 255).astype(np.uint8), masks, table, ("Crack", "Fray"), "own")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 25), st.integers(2, 8), st.floats(0, 1))
+def test_the_promised_share_of_alarms_holds(seed, clean, defective, share):
+    samples, predictor = random_samples(seed, clean, defective), grey_predictor()
+    chosen = choose_thresholds(predictor, samples, share)
+    found = predictor.with_thresholds(chosen)(samples.images)
+    assert found.defective[samples.clean].mean() <= share
+    assert chosen.clean_alarm == found.defective[samples.clean].mean() and chosen.clean == clean
+    assert chosen.table["alarms"].sum() <= share * clean + 1e-9
+    for k, name in enumerate(samples.classes, 1):
+        own = [regions_touch(found.probabilities[i][k - 1], chosen[name], samples.masks[i] == k)
+               for i in np.flatnonzero(samples.label == k)]
+        assert chosen.table["found"][name] == sum(own) and chosen.table["shown"][name] == len(own)
+    more = choose_thresholds(predictor, samples, min(1.0, share + 0.2))
+    assert more.table["found"].sum() >= chosen.table["found"].sum()
+
+
+def regions_touch(probability, limit, true) -> bool:
+    return bool((drop_small(probability >= limit[0], limit[1]) & true).any())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5).map(np.cumsum), min_size=1, max_size=4),
+       st.integers(0, 4))
+def test_alarms_are_shared_as_well_as_they_can_be(found, budget):
+    shares = share_alarms(found, budget)
+    total = lambda each: sum(int(own[b]) for own, b in zip(found, each))
+    ways = [w for w in itertools.product(range(budget + 1), repeat=len(found)) if sum(w) <= budget]
+    assert total(shares) == max(map(total, ways)) and sum(shares) <= budget
+    assert sum(shares) == min(sum(w) for w in ways if total(w) == total(shares))
+
+
+@given(st.integers(0, 500), st.floats(0, 1))
+def test_the_number_of_alarms_is_the_largest_within_the_share(clean, share):
+    count = allowed_alarms(clean, share)
+    assert 0 <= count <= clean and (not count or count / clean <= share)
+    assert count == clean or (count + 1) / clean > share
+
+
+@pytest.mark.parametrize("level, expected", [(40, (0.5, 1)), (255, (pytest.approx(1 - 1e-4, abs=1e-6), 5))])
+def test_a_class_that_is_never_seen_gets_no_low_threshold(level, expected):
+    samples = random_samples(0, 6, 4, seen=1)
+    samples.images[..., 1] = 0
+    samples.images[0, :2, :2, 1] = level  # the largest clean score
+    with pytest.warns(UserWarning, match="Fray: no image shows it, so its threshold is the largest score"):
+        chosen = choose_thresholds(grey_predictor(), samples, 1.0)
+    assert chosen["Fray"] == expected and "Fray: no image shows it" in str(chosen)
+    found = grey_predictor().with_thresholds(chosen)(samples.images)
+    assert not any((mask == 2).any() for mask in found.masks)
+
+
+def test_without_a_defect_every_class_is_never_seen():
+    with pytest.warns(UserWarning, match="Fray: no image shows it"), pytest.warns(UserWarning, match="Crack: no image"):
+        chosen = choose_thresholds(grey_predictor(), random_samples(1, 5, 0), 0.5)
+    assert all(p >= 0.5 for p, _ in chosen.values()) and chosen.alarms == 0
+
+
+def test_without_a_clean_image_thresholds_stay():
+    predictor = grey_predictor().with_thresholds(dict(Crack=(0.7, 3)))
+    with pytest.warns(UserWarning, match="no image is clean"):
+        chosen = choose_thresholds(predictor, random_samples(1, 0, 5))
+    assert chosen == dict(Crack=(0.7, 3), Fray=(0.5, 1)) and chosen.clean_alarm is None
+
+
+def test_images_that_tie():
+    "Ten clean images with the same score: with room for one alarm, none may have it."
+    samples = random_samples(2, 10, 4)
+    samples.images[:10] = samples.images[0]
+    chosen = choose_thresholds(grey_predictor(), samples, 0.1)
+    assert chosen.alarms == 0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "2 %", None, True, float("nan")])
+def test_a_share_that_is_none(share):
+    with pytest.raises(ValueError, match="max_clean_alarm: expected a share"):
+        choose_thresholds(grey_predictor(), random_samples(0, 2, 2), share)
+
+
+def test_samples_of_another_model_are_refused():
+    samples = random_samples(0, 2, 2)
+    with pytest.raises(ValueError, match="expected grey images"):
+        choose_thresholds(predictor_of(Threshold()), samples)
+    with pytest.raises(ValueError, match=r"expected the classes \('Crack', 'Fray'\)"):
+        choose_thresholds(grey_predictor(), replace(samples, classes=("Crack", "Pit"), table=samples.table.replace(
+            "Fray", "Pit")))
+
+
+def test_thresholds_are_stored_in_the_model_file(stored):
+    predictor = load(stored, "cpu").with_thresholds(dict(Crack=(0.25, 7)))
+    assert read_notes(stored).threshold("Crack") == (0.5, 1)
+    predictor.save()
+    assert load(stored, "cpu").notes.thresholds == {"Fray": (0.8, 40), "Crack": (0.25, 7)}
+    with pytest.raises(ValueError, match="comes from no file"):
+        replace(predictor, path=None).save()
+
+
+def test_one_of_several_models_must_be_chosen(tmp_path, stored):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "model.safetensors").write_bytes(stored.read_bytes())
+    with pytest.raises(ValueError, match="expected one model, got 2: choose one of a, b"):
+        load(tmp_path / "runs")
+
+
+# ---- a run, its model, its scores ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A smoke run: its configuration, its row, and its folder with a model file."
+    out = tmp_path_factory.mktemp("runs")
+    config = resolve(RunConfig(method="dli", preset="smoke", dataset="synthetic", out=str(out)))
+    row, data = run(config, progress=False), DATASETS["synthetic"]
+    train, val = run_samples(config)
+    notes = ModelNotes(val.classes, config.encoder, config.decoder, channels=1, mean=data.mean,
+                       deviation=data.deviation, size=(config.image_size,) * 2,
+                       config=json.loads(json.dumps(asdict(config))),
+                       val_parts=tuple(map(str, val.table["tile"].unique())))
+    save_model(load_model(config, train), run_folder(config) / "model.safetensors", notes)
+    return row, run_folder(config), val
+
+
+def test_masks_of_a_loaded_model_are_the_regions_of_its_run(trained):
+    _, folder, val = trained
+    with np.load(folder / "regions.npz") as file:
+        regions = np.unpackbits(file["regions"], axis=-1, count=64).astype(bool)
+    found = load(folder, "cpu")(val.images)
+    assert regions.any()
+    probabilities = np.stack(found.probabilities)
+    assert np.array_equal(probabilities >= 0.5, regions)
+    masks = np.stack(found.masks)
+    assert np.array_equal(masks > 0, regions.any(1))
+    assert np.take_along_axis(regions, masks[:, None].astype(int) - 1, 1)[:, 0][masks > 0].all()
+
+
+def test_judging_a_run_gives_the_scores_of_its_row(trained):
+    row, folder, val = trained
+    evaluation = judge(folder)
+    for name, value in evaluation.scores.items():
+        assert value == (row[name] if row[name] is None else pytest.approx(row[name], abs=1e-6)), name
+    assert evaluation.confusion.values.sum() == len(val) and evaluation.parts["images"].sum() == len(val)
+    assert evaluation.confusion_pixels.values.sum() == val.masks.size
+    clean = evaluation.images["true"] == FREE
+    masks = load(folder, "cpu")(val.images).defective
+    assert evaluation.clean_alarms == evaluation.images["name"][clean & masks].tolist()
+    assert judge(folder, val, part="all").counts.equals(evaluation.counts)
+
+
+def test_a_report_is_one_page_and_json(trained):
+    _, folder, val = trained
+    evaluation = judge(folder)
+    text = evaluation.to_html()
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+    assert text.count("data:image/png;base64") == len(evaluation.pictures) > 0
+    content = json.loads(evaluation.to_json())
+    assert content["scores"].keys() == evaluation.scores.keys() and len(content["images"]) == len(val)
+    assert str(evaluation).count("\n") > 10
+
+
+def test_parts_that_are_not_there(trained):
+    _, folder, val = trained
+    with pytest.raises(ValueError, match="part: expected one of val, test, all"):
+        judge(folder, part="train")
+    with pytest.raises(ValueError, match="no column split"):
+        judge(folder, part="test")
+    with pytest.raises(ValueError, match="none of the 3 images belongs to it"):
+        judge(folder, replace(val[:3], table=val[:3].table.assign(tile=["x", "y", "z"])))
+    assert len(judge(folder, "synthetic").images) == len(val)
+
+
+def test_stricter_thresholds_give_fewer_alarms(trained):
+    _, folder, val = trained
+    predictor = load(folder, "cpu")
+    plain = judge(predictor, val, part="all")
+    strict = judge(predictor.with_thresholds({c: (0.9, 20) for c in val.classes}), val, part="all")
+    assert set(strict.clean_alarms) <= set(plain.clean_alarms) and set(strict.missed) >= set(plain.missed)
+    fp = lambda e: sum(e.counts[f"fp_{c}"].sum() for c in val.classes)
+    assert fp(strict) < fp(plain)

@@ -27,7 +27,7 @@ from ..network.modelfile import ModelNotes
 from ..pages import figure_html, list_html, page, table_html
 from ..scoring.metrics import count_batch, counts_table, iou, scores
 
-# %% ../../nbs/73_judging.ipynb #e3480e6e
+# %% ../../nbs/73_judging.ipynb #22e8e23f
 PARTS = ("val", "test", "all")
 
 
@@ -45,7 +45,7 @@ def read_samples(
                    classes=data.classes or notes.classes)
     return read_folder(data, **({} if notes.levels is None else dict(span=notes.levels)))
 
-
+# %% ../../nbs/73_judging.ipynb #60fe7fe8
 def choose_part(
     samples: Samples,
     notes: ModelNotes,
@@ -65,7 +65,7 @@ def choose_part(
         raise ValueError(f"part={part!r}: none of the {len(samples)} images belongs to it: choose part='all'")
     return samples[chosen]
 
-
+# %% ../../nbs/73_judging.ipynb #259e9201
 def samples_to_judge(
     notes: ModelNotes,
     data: Samples | DataFile | Path | str | None,  # None: the run's own
@@ -83,7 +83,7 @@ def samples_to_judge(
         return run_samples(config)[1]
     return choose_part(load_dataset(config.dataset, config.image_size, config.threshold), notes, part)
 
-# %% ../../nbs/73_judging.ipynb #87d52ad0
+# %% ../../nbs/73_judging.ipynb #c12bd199
 def find_regions(
     probabilities: np.ndarray,  # float32 (K, H, W)
     limits: Sequence[tuple[float, float]],  # of each class: probability, area in these pixels
@@ -107,7 +107,7 @@ def count_image(
     counts = replace(counts, p_max=torch.from_numpy(known.max((1, 2)))[None])
     return counts_table(samples.table, counts, samples.classes)
 
-
+# %% ../../nbs/73_judging.ipynb #94d81b8a
 def main_class(
     mask: np.ndarray,  # uint8, any shape
     classes: Sequence[str],  # K names
@@ -116,7 +116,7 @@ def main_class(
     sizes = np.bincount(mask.ravel(), minlength=len(classes) + 1)[1:len(classes) + 1]
     return classes[int(sizes.argmax())] if sizes.any() else FREE
 
-# %% ../../nbs/73_judging.ipynb #bf14c0a9
+# %% ../../nbs/73_judging.ipynb #106bbafb
 def judge_images(
     predictor: Predictor,
     samples: Samples,
@@ -130,14 +130,15 @@ def judge_images(
         regions, mask = find_regions(probabilities, limits)
         one, truth = samples[i], samples.masks[i]
         known = ~find_marked(truth, samples.ignore_index)
-        pixels += np.bincount(number * truth[known].astype(int) + mask[known], minlength=number**2).reshape(pixels.shape)
+        pairs = number * truth[known].astype(int) + mask[known]
+        pixels += np.bincount(pairs, minlength=number**2).reshape(pixels.shape)
         counts.append(count_image(regions, probabilities, one))
         found = mask[known]
         rows.append(dict(name=one.table["name"][0], part=str(one.table["tile"][0]), true=one.table["class"][0],
                          found=main_class(found, samples.classes), area=int((found > 0).sum())))
     return pd.concat(counts, ignore_index=True), pd.DataFrame(rows), pixels
 
-# %% ../../nbs/73_judging.ipynb #4d8ded4f
+# %% ../../nbs/73_judging.ipynb #51a3d70f
 def image_iou(
     counts: pd.DataFrame,  # of `counts_table`
     classes: Sequence[str],
@@ -163,7 +164,7 @@ def part_table(
     table = pd.DataFrame(rows).T.astype({c: int for c in ("images", "defective", "found", "clean_alarms")})
     return table.assign(iou=table["iou"].astype(float)).sort_values("iou", kind="stable", na_position="last")
 
-
+# %% ../../nbs/73_judging.ipynb #743afaf5
 def class_table(
     found: dict,  # of `scores`
     images: pd.DataFrame,  # of `judge_images`
@@ -272,7 +273,7 @@ class Evaluation:
         "A page that holds its pictures."
         return report_page(self)
 
-# %% ../../nbs/73_judging.ipynb #161172fb
+# %% ../../nbs/73_judging.ipynb #397bd2fb
 def facts(evaluation: Evaluation) -> list[str]:
     "The verdicts in sentences."
     images, clean = evaluation.images, int((evaluation.images["true"] == FREE).sum())
@@ -296,7 +297,7 @@ def report_text(evaluation: Evaluation) -> str:
                       "Images, true and found:", evaluation.confusion.to_string(), "",
                       f"Parts, the worst {len(worst)}:", worst.round(3).to_string()])
 
-
+# %% ../../nbs/73_judging.ipynb #f47eb6f7
 def report_page(evaluation: Evaluation) -> str:
     "The report as a page of HTML."
     tables = {"Classes": evaluation.classes, "Images: true class and class found": evaluation.confusion,
@@ -313,18 +314,18 @@ def report_page(evaluation: Evaluation) -> str:
             body.append(f"<h2>{title}</h2>{list_html(names)}")
     return page(f"Evaluation of {Path(evaluation.model).parent.name}", "\n".join(body))
 
-# %% ../../nbs/73_judging.ipynb #5d9c09cf
+# %% ../../nbs/73_judging.ipynb #9ca6cb4d
 def as_plain(evaluation: Evaluation) -> dict:
     "The numbers as JSON has them."
     records = lambda table, name: json.loads(table.rename_axis(name).reset_index().to_json(orient="records"))
-    square = lambda table: {name: dict(zip(table.columns, row)) for name, row in zip(table.index, table.values.tolist())}
+    square = lambda table: json.loads(table.to_json(orient="index"))
     return dict(model=evaluation.model, part=evaluation.part, facts=facts(evaluation), scores=evaluation.scores,
                 classes=records(evaluation.classes, "class"), parts=records(evaluation.parts, "part"),
                 confusion=square(evaluation.confusion), confusion_pixels=square(evaluation.confusion_pixels),
                 images=json.loads(evaluation.images.to_json(orient="records")),
                 clean_alarms=evaluation.clean_alarms, missed=evaluation.missed)
 
-
+# %% ../../nbs/73_judging.ipynb #a3b24163
 def make_evaluation(
     predictor: Predictor,
     samples: Samples,

@@ -23,7 +23,7 @@ from .stitching import DEFECT
 from ..files import csv_bytes, write_whole
 from ..pictures import class_color, drawable
 
-# %% ../../nbs/75_prediction.ipynb #e74672fe
+# %% ../../nbs/75_prediction.ipynb #a58054ea
 def photographs_below(
     folder: Path,
     out: Path,  # what lies in it is left out: results of an earlier call
@@ -35,7 +35,7 @@ def photographs_below(
         raise ValueError(f"{folder}: no photograph in it: expected {', '.join(sorted(SUFFIXES))}")
     return [p for p in files if p not in masks]
 
-
+# %% ../../nbs/75_prediction.ipynb #22c03667
 def list_photographs(
     paths: str | Path | Sequence[str | Path],  # photographs and folders
     out: Path,  # where results go
@@ -66,7 +66,7 @@ def mask_names(
     times = Counter(b.casefold() for b in bare.values())
     return {name: b if times[b.casefold()] == 1 else name for name, b in bare.items()}
 
-# %% ../../nbs/75_prediction.ipynb #04afd379
+# %% ../../nbs/75_prediction.ipynb #fc45858e
 def rgb_of(
     k: int,  # 1..K: the class
 ) -> tuple[int, int, int]:  # 0..255
@@ -75,7 +75,7 @@ def rgb_of(
 
     return tuple(round(255 * v) for v in to_rgb(class_color(k)))
 
-
+# %% ../../nbs/75_prediction.ipynb #af841760
 def write_names(
     picture: np.ndarray,  # uint8 (H, W, 3); altered
     defects: Sequence[dict],  # of `find_defects`
@@ -100,7 +100,7 @@ def write_names(
                  stroke_width=max(size // 10, 1), stroke_fill="black")
     return np.asarray(page)
 
-
+# %% ../../nbs/75_prediction.ipynb #6cb85034
 def draw_overlay(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W)
@@ -115,7 +115,7 @@ def draw_overlay(
         cv2.drawContours(picture, lines, -1, rgb_of(k), thick)
     return write_names(picture, defects, classes) if defects else picture
 
-# %% ../../nbs/75_prediction.ipynb #ea722951
+# %% ../../nbs/75_prediction.ipynb #5a20aad0
 AHEAD = 4  # photographs that are read, or written, at the same time
 
 
@@ -139,7 +139,7 @@ def read_ahead(
         else:
             yield (name, image), image
 
-
+# %% ../../nbs/75_prediction.ipynb #2c91b117
 def write_results(
     out: Path,
     name: str,  # of the mask, without suffix
@@ -154,7 +154,7 @@ def write_results(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, cv2.imencode(*content)[1].tobytes())
 
-# %% ../../nbs/75_prediction.ipynb #c5487825
+# %% ../../nbs/75_prediction.ipynb #385265cf
 def wait_for(
     writing: deque[Future],  # emptied down to `most`
     most: int,
@@ -173,7 +173,7 @@ def result_row(
     shown = {defect["class"] for defect in defects}
     return dict(image=name, verdict="defect" if defects else "ok", reason=", ".join(c for c in classes if c in shown))
 
-
+# %% ../../nbs/75_prediction.ipynb #ce69deda
 class Results:
     "The rows of the tables while photographs are predicted."
     def __init__(self):

@@ -52,7 +52,7 @@ def read_photograph(
         raise BadFile(f"{path}: no such file")
     return as_photograph(read_levels(path)[0], notes, path.name)
 
-# %% ../../nbs/71_predictor.ipynb #b118ca17
+# %% ../../nbs/71_predictor.ipynb #df9033e9
 def as_list(
     images,  # a path, an array or tensor, or a sequence of those
 ) -> list:  # paths and arrays
@@ -67,12 +67,13 @@ def as_list(
         return [image.cpu().numpy() if isinstance(image, torch.Tensor) else image for image in images]
     if images.ndim == 2 or images.ndim == 3 and images.shape[2] in (1, 3):
         return [images]
-    if images.ndim == 4 and images.shape[3] in (1, 3) or images.ndim == 3 and images.shape[0] not in (1, 3):
+    grey = images.ndim == 3 and images.shape[0] not in (1, 3) and images.shape[2] != 4
+    if grey or images.ndim == 4 and images.shape[3] in (1, 3):
         return list(images)
     raise ValueError("images: expected one photograph (H, W) or (H, W, 3), or several, (N, H, W) or (N, H, W, 3), got "
-                     f"{images.shape}: channels come last; of several photographs pass a list")
+                     f"{images.shape}: channels come last, without transparency; of few photographs pass a list")
 
-
+# %% ../../nbs/71_predictor.ipynb #266afe20
 def get_photograph(
     image: str | Path | np.ndarray,
     notes: ModelNotes,

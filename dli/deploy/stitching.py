@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/70_stitching.ipynb #c8537887
+# %% ../../nbs/70_stitching.ipynb #b911a417
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from scipy import ndimage
 
 from ..data.folders import pad_to, resize
 from ..network.modelfile import ModelNotes
 
-# %% ../../nbs/70_stitching.ipynb #54433f1a
+# %% ../../nbs/70_stitching.ipynb #b7a67360
 STRIDE = 8  # of the encoder: both sides of what the network sees are multiples of it
+
+
 LARGEST = 2048  # side of a window in pixels, for a network that saw photographs whole
 
 
@@ -42,7 +43,7 @@ def shapes_of(
         shapes.append(own)
     return shapes
 
-
+# %% ../../nbs/70_stitching.ipynb #14c7c67e
 def at_scale(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     notes: ModelNotes,
@@ -138,7 +139,7 @@ class Canvas:
         order = np.lexsort((-k, score))  # the largest is written last; of equals the first class
         self.mask.ravel()[place[order]], self.score.ravel()[place[order]] = k[order] + 1, score[order]
 
-# %% ../../nbs/70_stitching.ipynb #7e33f6ec
+# %% ../../nbs/70_stitching.ipynb #3baf6390
 DEFECT = ("class", "top", "left", "height", "width", "area", "score")
 
 
@@ -154,8 +155,9 @@ def find_defects(
         x, y, w, h = cv2.boundingRect(own)
         box = own[y:y + h, x:x + w]
         count, labels, stats, _ = cv2.connectedComponentsWithStats(np.ascontiguousarray(box), connectivity=8)
-        best = ndimage.maximum(score[y:y + h, x:x + w], labels, np.arange(1, count))
-        for (left, top, width, height, area), p in zip(stats[1:].tolist(), np.atleast_1d(best).tolist()):
+        best, inside = np.zeros(count, np.float32), labels > 0
+        np.maximum.at(best, labels[inside], score[y:y + h, x:x + w][inside])
+        for (left, top, width, height, area), p in zip(stats[1:].tolist(), best[1:].tolist()):
             found.append(dict(zip(DEFECT, (classes[k - 1], top + y, left + x, height, width, area, round(p, 6)))))
     return found
 

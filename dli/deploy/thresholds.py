@@ -41,7 +41,7 @@ def largest_areas(
         found[i] = areas.max(initial=0)
     return found
 
-# %% ../../nbs/72_thresholds.ipynb #67546c7e
+# %% ../../nbs/72_thresholds.ipynb #de1e7b14
 @dataclass(frozen=True)
 class Measured:
     "What was measured on the images of one class."
@@ -56,7 +56,7 @@ class Measured:
         "The areas in clean images, the largest first."
         return -np.sort(-self.clean, axis=0)
 
-
+# %% ../../nbs/72_thresholds.ipynb #32dc7d2a
 def measure(
     predictor: Predictor,
     samples: Samples,
@@ -101,7 +101,7 @@ def best_limit(
     best = max(range(len(areas)), key=lambda p: (found[p], -abs(PROBABILITIES[p] - 0.5)))
     return int(found[best]), best, int(areas[best])
 
-# %% ../../nbs/72_thresholds.ipynb #e573f7b2
+# %% ../../nbs/72_thresholds.ipynb #9b7e6d3e
 def share_alarms(
     found: Sequence[Sequence[int]],  # of each class: how many images are found with 0, 1, 2, ... alarms
     budget: int,  # alarms of all classes together
@@ -122,7 +122,7 @@ def share_alarms(
         left -= shares[-1]
     return shares[::-1]
 
-
+# %% ../../nbs/72_thresholds.ipynb #60d842cc
 def allowed_alarms(
     clean: int,  # number of clean images
     share: float,  # of them that may have an alarm
@@ -157,14 +157,14 @@ class Thresholds(dict):
         return "\n".join([self.table.to_string(), f"alarms on {self.alarms} of {self.clean} clean images{share}",
                           *self.remarks])
 
-# %% ../../nbs/72_thresholds.ipynb #a9905653
+# %% ../../nbs/72_thresholds.ipynb #03bcc822
 def unseen_limit(measured: Measured) -> tuple[float, int]:
     "The largest clean score, or one half if that is more, and an area that no clean image reaches there."
     if measured.top < 0.5:
         return 0.5, 1
     return measured.top, math.floor(measured.top_area) + 1
 
-
+# %% ../../nbs/72_thresholds.ipynb #cd21cca7
 def make_thresholds(
     measured: Sequence[Measured],  # of each class
     max_clean_alarm: float,
