@@ -168,7 +168,9 @@ class Package:
         keys = node.value.keys if isinstance(node.value, ast.Dict) else []
         named = [word.arg for word in node.value.keywords if word.arg] if isinstance(node.value, ast.Call) else []
         keys = [k.value for k in keys if isinstance(k, ast.Constant)] + named
-        return Entry(name, "constant", doc=room.comments.get(node.lineno, ""), keys=[str(k) for k in keys], **made)
+        value = written(node.value)
+        doc = room.comments.get(node.lineno, "") or (f"`{value}`" if len(value) < 90 else "")
+        return Entry(name, "constant", doc=doc, keys=[str(k) for k in keys], **made)
 
     def method(self, room: Room, owner: str, node: ast.FunctionDef) -> Entry:
         "One public method or property of a class."
@@ -308,7 +310,7 @@ def title_of(wing: str) -> str:
 
 def first_line(doc: str) -> str:
     "The first sentence of a docstring."
-    return re.split(r"(?<=[.!?])\s", " ".join(doc.split("\n\n")[0].split()), maxsplit=1)[0]
+    return re.split(r"(?<=[.!?])(?<!Sec\.)(?<!Eq\.)(?<!Fig\.)(?<!al\.)\s", " ".join(doc.split("\n\n")[0].split()), maxsplit=1)[0]
 
 
 def front(title: str, description: str) -> str:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def bibtex() -> str:
         place = dict(journal=one.get("journal"), booktitle=one.get("collection-title"), volume=one.get("volume"))
         fields = dict(title=one["title"], author=people(one["authors"]), year=one["year"]) | place
         fields["doi"] = one.get("doi")
-        found.append(entry(kind, f"{one['authors'][0]['family-names'].lower()}{one['year']}", fields))
+        name = unicodedata.normalize("NFKD", one["authors"][0]["family-names"]).encode("ascii", "ignore").decode()
+        found.append(entry(kind, f"{name.lower()}{one['year']}", fields))
     return "\n\n".join(found)
 
 

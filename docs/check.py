@@ -19,7 +19,8 @@ import yaml
 from playwright.sync_api import Page, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-MODES = [(1440, "light"), (1440, "dark"), (390, "dark"), (390, "light")]
+MODES = [(1440, "light"), (390, "light"), (390, "dark"), (1440, "dark")]
+STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
 HEIGHTS = {1440: 900, 390: 844}
 TEX = re.compile(r"\\[a-zA-Z]{2,}\{|\\[()\[\]]|\\(?:sum|frac|nabla|mathbf|cdot|setminus|in)\b|\$[^$\s][^$\n]*\$")
 
@@ -51,6 +52,7 @@ MEASURE = """() => {
   return {height: document.documentElement.scrollHeight, sideways: document.documentElement.scrollWidth - width,
           blocks: blocks.length, cut: cut.map(name), beyond: beyond.map(name)};
 }"""
+PAINTED = """(dark) => document.documentElement.classList.contains("quarto-dark") === dark"""
 CONTRAST = """(selector) => {
   const parse = (c) => c.match(/[\\d.]+/g).map(Number);
   const light = (c) => { const [r, g, b] = parse(c).map((v) => { v /= 255;
@@ -130,9 +132,11 @@ class Visit:
         self.page.goto(f"{self.host}{name}", wait_until="load")
         self.pages[name] = self.page.evaluate(LOOK)
         self.sizes[name] = {}
+        self.page.add_style_tag(content=STILL)
         for width, scheme in MODES:
             self.page.set_viewport_size(dict(width=width, height=HEIGHTS[width]))
             self.page.emulate_media(color_scheme=scheme)
+            self.page.wait_for_function(PAINTED, arg=scheme == "dark")
             self.sizes[name][width, scheme] = self.page.evaluate(MEASURE)
             if self.shots:
                 path = self.shots / f"{name.removesuffix('.html')}-{width}-{scheme}.jpg"

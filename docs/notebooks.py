@@ -11,6 +11,7 @@ DIRECTIVE = re.compile(r"#\| *(\w+)")
 SHOWN = ("text/html", "image/png", "image/jpeg", "image/svg+xml", "text/markdown")   # the first that there is
 DROPPED = {"hide", "default_exp"}
 LONG = 10   # lines: a longer cell that only defines functions is folded
+MANY = 5   # imports: a cell with more of them and nothing else is folded
 
 
 def text_of(cell: dict) -> str:
@@ -39,13 +40,16 @@ def defined(source: str) -> list[str]:
 
 
 def only_defines(source: str) -> list[str]:
-    "The names of a cell that holds definitions and nothing else."
+    "The names of a long cell that holds definitions and nothing else; \"imports\" of one with many imports."
     try:
         nodes = ast.parse(source).body
     except SyntaxError:   # it speaks to IPython
         return []
-    kinds = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-    return [n.name for n in nodes if hasattr(n, "name")] if all(isinstance(n, kinds) for n in nodes) else []
+    imports, definitions = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.ClassDef)
+    if all(isinstance(node, imports) for node in nodes):
+        return ["imports"] if len(nodes) > MANY else []
+    whole = all(isinstance(node, imports + definitions) for node in nodes) and source.count("\n") > LONG
+    return [node.name for node in nodes if hasattr(node, "name")] if whole else []
 
 
 def title_of(source: str) -> tuple[str, str]:
@@ -158,7 +162,7 @@ class Notebook:
         shown = dict(cell_type="code", metadata={}, execution_count=None, outputs=outputs, source=bare)
         if not words & {"export", "exporti"}:
             shown["source"] = with_alt(bare, self.lead, where) if has_picture(cell) else bare
-            names = only_defines(bare) if bare.count("\n") > LONG and not outputs else []
+            names = only_defines(bare) if not outputs else []
             return [shown | dict(folded=names) if fold or names else shown]
         names = defined(bare)
         if not names:
