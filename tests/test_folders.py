@@ -758,7 +758,8 @@ def test_the_check_and_the_split_agree_on_classes_of_few_parts(folder, left):
             split_samples(samples)
         with pytest.warns(UserWarning, match=f"'Fray' is seen on {left} parts: there are {left} folds"):
             assert possible_folds(samples) == left
-    validated = [name for fold in range(left) for name in split_samples(samples, fold=fold, folds=left)[1].table["name"]]
+    sides = [split_samples(samples, fold=fold, folds=left)[1] for fold in range(left)]
+    validated = [name for side in sides for name in side.table["name"]]
     assert sorted(validated) == sorted(samples.table["name"])
 
 
@@ -894,9 +895,10 @@ def test_an_interrupted_reading_leaves_nothing_and_a_damaged_cache_is_made_again
 
 READS = """
 import sys
+from pathlib import Path
 from dli.data.folders import read_folder
 samples = read_folder(sys.argv[1], crops_in=sys.argv[2])
-print(samples.source, int(samples.images.sum()), len(list(__import__("pathlib").Path(sys.argv[2]).glob("*/images.npy"))))
+print(samples.source, int(samples.images.sum()), len(list(Path(sys.argv[2]).glob("*/images.npy"))))
 """
 
 

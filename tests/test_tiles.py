@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import dli
-from dli.data.audit import audit_labels, suspect_images, write_tiles
 from dli.data.magnetic import find_magnetic_tiles, read_index
-from dli.data.tiles import (REPEATED, SAME_TILE, connected, find_candidates, find_tiles, fingerprint, number_series,
-                            photographs, series_similarity, shared_exposures, similarity, texture, turned)
+from dli.data.tiles import (REPEATED, SAME_TILE, audit_labels, connected, find_candidates, find_tiles, fingerprint,
+                            number_series, photographs, series_similarity, shared_exposures, similarity,
+                            suspect_images, texture, turned, write_tiles)
 
 SHIPPED = Path(dli.__file__).parent / "data"  # tables that come with the package
 

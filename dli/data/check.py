@@ -295,7 +295,8 @@ def report_page(check: FolderCheck) -> str:
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
              f"<title>Check of {escape(Path(check.root).name)}</title><style>{STYLE}</style>",
              f"<h1>{escape(Path(check.root).name)}</h1>",
-             f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>", "<ul>", *(f"<li>{escape(s)}</li>" for s in facts(check)), "</ul><div class=wide>",
+             f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>",
+             "<ul>", *(f"<li>{escape(s)}</li>" for s in facts(check)), "</ul><div class=wide>",
              readable(check.classes).to_html(border=0), "</div>"]
     for title, found, kind in (("Problems", check.problems, "bad"), ("Good to know", check.notes, "")):
         if found:
