@@ -370,10 +370,9 @@ def count_step(
 ) -> None:
     "Count a step; say how long the run will take, once its first steps have been timed."
     bar.update()
-    taken = bar.n - bar.initial
-    if bar.disable or taken != TIMED_STEPS or bar.n >= bar.total:
+    if bar.disable or bar.n - bar.initial != TIMED_STEPS or bar.n >= bar.total:
         return
-    minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / taken / 60
+    minutes = (bar.total - bar.n) * bar.format_dict["elapsed"] / TIMED_STEPS / 60
     bar.write(f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute" if minutes > 0.5 else
               "less than a minute")
 
