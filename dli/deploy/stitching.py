@@ -161,7 +161,7 @@ def find_defects(
             found.append(dict(zip(DEFECT, (classes[k - 1], top + y, left + x, height, width, area, round(p, 6)))))
     return found
 
-# %% ../../nbs/70_stitching.ipynb #ee25c395
+# %% ../../nbs/70_stitching.ipynb #8cf267d2
 class Sheet:
     "A photograph from its windows to its mask."
     def __init__(
@@ -208,6 +208,8 @@ class Sheet:
         self.image, kept = None, []
         canvas = self.canvas or self.new_canvas()
         for k, probability in enumerate([] if self.canvas else self.probabilities):
+            if not keep and probability.max() < canvas.limits[k][0]:
+                continue  # what is enlarged has no larger value
             whole = enlarge(probability, self.shape)
             canvas.add(k, slice(0, self.shape[0]), slice(0, self.shape[1]), whole)
             kept += [whole] if keep else []
