@@ -662,24 +662,41 @@ def study_paper(
         return 0
     return train_studies(configs, given.jobs, given.threads, given.engine, given.publish, not given.quiet)
 
-# %% ../nbs/80_cli.ipynb #2da1e387
-def study_own(
+# %% ../nbs/80_cli.ipynb #3a2ffad4
+def check_own(
     given,  # the parameters of `study`
-) -> int:  # exit code: 1 if a run failed
-    "Whether injection helps on someone's own parts."
-    from dli.experiment.datasets import find_dataset
+    data: str,  # a data file, or a key of `DATASETS`
+) -> None:
+    "Raise WrongUse for what makes no sense with someone's own parts."
+    from dli.experiment.datasets import DATASETS, is_data_file
     from dli.study.matrix import check_counts
-    from dli.study.parts import parts_configs, study_parts
+    from dli.study.studies import STUDIES
 
-    (data,) = given.studies
     with wrong_use():
         check_counts(jobs=given.jobs, threads=given.threads)
         if given.publish or given.dataset != "auto" or len(given.encoders) > 1:
             raise ValueError("--publish, --dataset and several encoders are for the paper's studies")
+        if not is_data_file(data) and data not in DATASETS:
+            raise ValueError(f"no study is called {data}: choose among {', '.join(STUDIES)}, or name a data file")
+
+# %% ../nbs/80_cli.ipynb #6e4d3ba5
+def study_own(
+    given,  # the parameters of `study`
+) -> int:  # exit code: 1 if a run failed
+    "Whether injection helps on someone's own parts."
+    from dli.experiment.config import RunConfig
+    from dli.experiment.datasets import find_dataset
+    from dli.study.parts import count_folds, parts_configs, study_parts
+
+    (data,) = given.studies
+    check_own(given, data)
     find_dataset(data)
     fields = dict(preset=given.preset or "quick", encoder=given.encoders[0], out=given.out)
     with wrong_use():
-        configs = parts_configs(data, given.folds, given.partitions, steps=given.steps, **fields)
+        first = RunConfig(dataset=data, **fields)
+    folds = given.folds or range(count_folds(first))
+    with wrong_use():
+        configs = parts_configs(data, folds, given.partitions, steps=given.steps, **fields)
     answer = study_parts(configs, given.jobs, given.threads, given.engine, given.dry_run, not given.quiet)
     say(answer, given.quiet)
     return 0

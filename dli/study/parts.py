@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['parts_configs', 'PartsAnswer', 'study_parts']
 
-# %% ../../nbs/69_parts.ipynb #11981d7f
+# %% ../../nbs/69_parts.ipynb #49ce3b49
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -60,8 +61,21 @@ def parts_configs(
     return [RunConfig(dataset=data, steps=steps, method=method, fold=fold, partition=partition, **fields)
             for partition in partitions for fold in folds for method in COMPARED_METHODS]
 
-# %% ../../nbs/69_parts.ipynb #a43e0807
+# %% ../../nbs/69_parts.ipynb #21081f2e
 TRIED = 6  # steps
+
+
+@contextmanager
+def computing_threads(
+    threads: int,
+):
+    "In the `with` block PyTorch computes with this many threads."
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_of(
@@ -69,22 +83,18 @@ def seconds_of(
     threads: int,  # computing threads
 ) -> tuple[float, float, float]:  # of a step, of an evaluation, and of beginning and ending
     "What a run of this kind spends its time on, measured here; nothing is written."
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     spent, short = [], replace(config, steps=TRIED, evaluations=1)
-    try:
+    with computing_threads(threads):
         for _ in range(2):
             began = time.perf_counter()
             train, val = run_samples(config)
             own = fit(short, train, val, progress=False).seconds
             spent.append(own | dict(whole=time.perf_counter() - began))
-    finally:
-        torch.set_num_threads(before)
     first, second = spent
     a_step = (second["total"] - second["evaluations"]) / TRIED
     return a_step, second["evaluations"], first["whole"] - second["total"]
 
-
+# %% ../../nbs/69_parts.ipynb #3cd26313
 def projected_total(
     configs: Sequence[RunConfig],  # runs to come, resolved
     jobs: int,  # runs at a time
