@@ -260,16 +260,22 @@ def test_init_writes_a_data_file_once(own, tmp_path):
 
 # ---- a study of one's own parts --------------------------------------------------------------------------------------
 
-def test_a_study_of_own_parts_says_the_time_and_answers(own, tmp_path):
-    words = ("study", own, "--preset", "smoke", "--steps", 6, "--folds", 0, "--jobs", 2, "--out", tmp_path)
-    done = dli(*words, "--dry-run")
+STUDY = ("--preset", "smoke", "--steps", 6, "--folds", 0, "--jobs", 2, "--out")
+
+
+def test_a_study_of_own_parts_says_the_time_before_it_trains(own, tmp_path):
+    done = dli("study", own, *STUDY, tmp_path, "--dry-run")
     assert done.exit_code == 0 and re.search(r"3 runs of 6 steps: .*; 0 are finished. .* about \d+", done.output)
     assert not list(tmp_path.iterdir())
-    done = dli(*words)
+
+
+@pytest.mark.slow
+def test_a_study_of_own_parts_answers_and_reads_its_rows_again(own, tmp_path):
+    done = dli("study", own, *STUDY, tmp_path)
     assert done.exit_code == 0, done.output
     assert done.output.count("95 % interval by part") == 2 and len(list(tmp_path.iterdir())) == 3
-    again = dli(*words)
     intervals = re.findall(r"95 % interval by part: [^)]*", done.output)
+    again = dli("study", own, *STUDY, tmp_path)
     assert "3 are finished." in again.output and re.findall(r"95 % interval by part: [^)]*", again.output) == intervals
 
 

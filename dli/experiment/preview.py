@@ -155,11 +155,11 @@ class Examples:
         return pd.DataFrame(rows).T.assign(injections=[len(self.shares[c, "cutpaste"]) for c in self.classes])
 
     def figure(self, name: str):
-        "Injections of a class: before, and by each blend."
+        "Injections of a class: before, with the outline of what comes, and by each blend."
         before = torch.stack([image for image, _ in self.kept[name]])
         after = {b: [torch.stack([own[b][k] for _, own in self.kept[name]]) for k in (0, 1)] for b in BLENDED}
         rows = dict(before=before) | {text: after[b][0] for b, text in BLENDED.items()}
-        masks = {BLENDED["cutpaste"]: after["cutpaste"][1]}
+        masks = dict(before=after["cutpaste"][1])  # only there: an outline hides a thin defect
         return picture_rows(rows, masks, [""] * len(before), self.ignore_index)
 
 # %% ../../nbs/58_preview.ipynb #883396cb

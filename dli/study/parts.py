@@ -61,7 +61,7 @@ def parts_configs(
     return [RunConfig(dataset=data, steps=steps, method=method, fold=fold, partition=partition, **fields)
             for partition in partitions for fold in folds for method in COMPARED_METHODS]
 
-# %% ../../nbs/69_parts.ipynb #21081f2e
+# %% ../../nbs/69_parts.ipynb #182e09c1
 TRIED = 6  # steps
 
 
@@ -77,7 +77,7 @@ def computing_threads(
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/69_parts.ipynb #1b500a4f
 def seconds_of(
     config: RunConfig,  # resolved
     threads: int,  # computing threads
