@@ -310,7 +310,8 @@ def title_of(wing: str) -> str:
 
 def first_line(doc: str) -> str:
     "The first sentence of a docstring."
-    return re.split(r"(?<=[.!?])(?<!Sec\.)(?<!Eq\.)(?<!Fig\.)(?<!al\.)\s", " ".join(doc.split("\n\n")[0].split()), maxsplit=1)[0]
+    paragraph = " ".join(doc.split("\n\n")[0].split())
+    return re.split(r"(?<=[.!?])(?<!Sec\.)(?<!Eq\.)(?<!Fig\.)(?<!al\.)\s", paragraph, maxsplit=1)[0]
 
 
 def front(title: str, description: str) -> str:
