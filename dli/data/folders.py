@@ -104,15 +104,13 @@ ENDINGS = ("_mask", "-mask", "_masks", "_gt", "_label", "_labels", "_seg")
 CLEAN_NAMES = {"free", "good", "ok", "normal", "clean"}
 
 def files_below(
-    data,  # a `DataFile`: its regions (roi) are neither photographs nor masks
     folder: Path,
     suffixes: set[str],  # in small letters
 ) -> list[Path]:  # sorted
     "The files of some kinds in a folder and its folders, hidden ones left out."
     inside = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
     hidden = lambda p: any(part.startswith((".", "__")) for part in p.relative_to(folder).parts)
-    region = lambda p: data.roi and p.is_relative_to(data.root / data.roi)
-    return sorted(p for p in inside if not hidden(p) and not region(p))
+    return sorted(p for p in inside if not hidden(p))
 
 def bare(
     stem: str,  # of a file name
@@ -129,6 +127,15 @@ def ending_of(stem: str) -> str:
 def name_of(path: Path, folder: Path) -> str:
     "A photograph's name: its path below the folder, without suffix."
     return same_name(path.relative_to(folder).with_suffix("").as_posix())
+
+# %% ../../nbs/17_folders.ipynb #7c41e0aa
+def own_files(
+    data: DataFile,  # its regions (roi) are neither photographs nor masks
+    folder: Path,
+    suffixes: set[str],  # in small letters
+) -> list[Path]:  # sorted
+    "The same without the regions of a data file."
+    return [p for p in files_below(folder, suffixes) if not (data.roi and p.is_relative_to(data.root / data.roi))]
 
 # %% ../../nbs/17_folders.ipynb #a0b1f201
 def masks_beside(
@@ -238,15 +245,15 @@ def photographs_and_masks(
     masks_at: Path,
 ) -> tuple[list[Path], list[Path], Path]:  # photographs; masks; the folder of the masks
     "Tell photographs from masks, which lie in a folder of their own or beside the photographs."
-    images = files_below(data, images_at, SUFFIXES)
+    images = own_files(data, images_at, SUFFIXES)
     if masks_at != images_at and masks_at.is_relative_to(images_at):
         images = [p for p in images if not p.is_relative_to(masks_at)]
     if not images_at.is_relative_to(masks_at):
-        return images, files_below(data, masks_at, SUFFIXES), masks_at
+        return images, own_files(data, masks_at, SUFFIXES), masks_at
     beside = masks_beside(images)
     if beside or images_at == masks_at:
         return [p for p in images if p not in set(beside)], beside, images_at
-    return images, [p for p in files_below(data, masks_at, SUFFIXES) if not p.is_relative_to(images_at)], masks_at
+    return images, [p for p in own_files(data, masks_at, SUFFIXES) if not p.is_relative_to(images_at)], masks_at
 
 # %% ../../nbs/17_folders.ipynb #a0b1f203
 def list_masks(
@@ -330,12 +337,12 @@ def list_per_class(data: DataFile, found: Found) -> None:
     if not images_at.is_relative_to(masks_at):
         others = [masks_at]
         refuse_folders(set(per_class_folders(data)) - set(data.classes), data, found)
-    images = [p for p in files_below(data, images_at, SUFFIXES) if not any(p.is_relative_to(f) for f in others)]
+    images = [p for p in own_files(data, images_at, SUFFIXES) if not any(p.is_relative_to(f) for f in others)]
     drawn = defaultdict(list)
     for value, name in enumerate(data.classes, 1):
         here = masks_at / name
         if here.is_dir():
-            for image, mask in match(images, files_below(data, here, SUFFIXES), images_at, here, found).items():
+            for image, mask in match(images, own_files(data, here, SUFFIXES), images_at, here, found).items():
                 drawn[image].append((value, mask))
     for image in images:
         masks = drawn.get(image)
@@ -355,8 +362,8 @@ def list_folders(
     refuse_folders(set(folders_in(data, images_at)) - set(known), data, found)
     for name in known:
         here, there = images_at / name, masks_at / name
-        images = files_below(data, here, SUFFIXES)
-        masks = files_below(data, there, SUFFIXES) if there.is_dir() else []
+        images = own_files(data, here, SUFFIXES)
+        masks = own_files(data, there, SUFFIXES) if there.is_dir() else []
         if there == here:
             masks = masks_beside(images)
             images = [p for p in images if p not in set(masks)]
@@ -382,7 +389,7 @@ def list_mvtec(data: DataFile, found: Found) -> None:
             found.problems.append(Note(f"train/{name}", "class", "is there, but only clean photographs are expected in "
                                                                  "train: move it to test"))
             continue
-        for image in files_below(data, train / name, SUFFIXES):
+        for image in own_files(data, train / name, SUFFIXES):
             found.entries.append(Entry(name_of(image, data.root), image, blank))
     for name in sorted(set(class_folders(data, masks_at)) - set(folders_in(data, test))):
         found.problems.append(Note(f"{masks_at.name}/{name}", "alone", f"has no photographs in {test.name}/{name}"))
@@ -392,7 +399,7 @@ def list_mvtec(data: DataFile, found: Found) -> None:
 def labelme_classes(data: DataFile) -> tuple[str, ...]:
     "The labels that LabelMe files use, sorted; of those that differ in small and capital letters only, the first."
     labels = {}
-    for path in files_below(data, place(data, "annotations"), {".json"}):
+    for path in own_files(data, place(data, "annotations"), {".json"}):
         try:
             shapes = labelme_shapes(path)[0]
         except BadFile:  # said when it is listed
@@ -432,9 +439,9 @@ def images_by_name(images: Sequence[Path]) -> dict[str, list[Path]]:
 def list_labelme(data: DataFile, found: Found) -> None:
     "The layout labelme."
     images_at, files_at = place(data, "images"), place(data, "annotations")
-    images = files_below(data, images_at, SUFFIXES)
+    images = own_files(data, images_at, SUFFIXES)
     names, drawn = images_by_name(images), {}
-    for path in files_below(data, files_at, {".json"}):
+    for path in own_files(data, files_at, {".json"}):
         try:
             _, _, written = labelme_shapes(path)
         except BadFile as e:
@@ -532,7 +539,7 @@ def list_coco(data: DataFile, found: Found) -> None:
     path, content = coco_file(data)
     known = [c for c in content["categories"] if c["name"] in data.classes]
     numbers = {c["id"]: data.classes.index(c["name"]) + 1 for c in known}
-    images = files_below(data, images_at, SUFFIXES)
+    images = own_files(data, images_at, SUFFIXES)
     ids = coco_images(path, content, images_at, images, found)
     by_image = defaultdict(list)
     for annotation in content["annotations"]:
@@ -563,8 +570,8 @@ def yolo_classes(data: DataFile) -> tuple[str, ...]:
 def list_yolo(data: DataFile, found: Found) -> None:
     "The layout yolo."
     images_at, labels_at = place(data, "images"), place(data, "annotations")
-    images = files_below(data, images_at, SUFFIXES)
-    labels = [p for p in files_below(data, labels_at, {".txt"}) if p.name.lower() != "classes.txt"]
+    images = own_files(data, images_at, SUFFIXES)
+    labels = [p for p in own_files(data, labels_at, {".txt"}) if p.name.lower() != "classes.txt"]
     pairs = match(images, labels, images_at, labels_at, found)
     for image in images:
         path = pairs.get(image)
@@ -594,7 +601,7 @@ def find_regions(
     at = data.root / data.roi
     if data.roi and not at.exists():
         raise ValueError(f"roi: {data.roi} is not in {data.root}: expected a mask, or a folder with a mask per image")
-    masks = files_below(replace(data, roi=""), at, SUFFIXES) if data.roi and at.is_dir() else []
+    masks = files_below(at, SUFFIXES) if data.roi and at.is_dir() else []
     by_name = pd.Series(masks, [str(PurePosixPath(name_of(m, at)).with_name(bare(m.stem))) for m in masks], object)
     one = at if data.roi and at.is_file() else None
     own = look_up(by_name, [e.name for e in found.entries]) if masks else [one] * len(found.entries)

@@ -65,7 +65,7 @@ class Places:
 def find_places(folder: Path) -> Places:
     "Sort the folders that hold pictures into photographs and masks."
     by_folder, stems = defaultdict(list), defaultdict(set)
-    for path in files_below(plain(folder), folder, SUFFIXES):
+    for path in files_below(folder, SUFFIXES):
         by_folder[path.parent].append(path)
         for parent in path.parents:
             stems[parent].add(bare(path.stem))
@@ -98,7 +98,7 @@ def best_images(
 def tool_candidates(places: Places) -> Iterator[dict]:
     "Data files for COCO, LabelMe and YOLO."
     folder, labelme = places.folder, defaultdict(set)
-    for path in files_below(plain(folder), folder, {".json"}):
+    for path in files_below(folder, {".json"}):
         try:
             content = read_json(path)
         except BadFile:
@@ -112,7 +112,7 @@ def tool_candidates(places: Places) -> Iterator[dict]:
     for at, names in labelme.items():
         yield dict(layout="labelme", images=best_images(places, names, at), annotations=at)
     texts = defaultdict(set)
-    for path in files_below(plain(folder), folder, {".txt"}):
+    for path in files_below(folder, {".txt"}):
         first = path.read_text(encoding="utf-8", errors="replace").split("\n")[0]
         if re.fullmatch(r"(\d+( -?[\d.eE+-]+){4,}\s*)?", first):
             texts[path.parent].add(same_name(path.stem))
@@ -125,7 +125,7 @@ def mask_candidates(places: Places) -> Iterator[dict]:
     parents = {at.parent for at in places.masks if at != places.folder}
     for at in places.masks:
         images = best_images(places, places.stems[at], at)
-        coloured = any(is_coloured(p) for p in spread(files_below(plain(at), at, SUFFIXES)))
+        coloured = any(is_coloured(p) for p in spread(files_below(at, SUFFIXES)))
         yield dict(layout="colour" if coloured else "index", images=images, annotations=at)
     for at in parents:
         subfolders = class_folders(plain(at), at)
