@@ -241,7 +241,8 @@ class FolderCheck:
 
     def to_json(self) -> str:
         "Everything but the pictures, as JSON."
-        values = {k: v for k, v in vars(self).items() if k not in ("classes", "problems", "notes", "pictures", "merged")}
+        apart = ("classes", "problems", "notes", "pictures", "merged")
+        values = {k: v for k, v in vars(self).items() if k not in apart}
         values |= dict(ok=self.ok, breaks=self.breaks, classes=self.classes.to_dict("index"),
                        problems=[asdict(n) for n in self.problems], notes=[asdict(n) for n in self.notes])
         return json.dumps(values, indent=1, default=int)
