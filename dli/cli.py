@@ -533,7 +533,7 @@ def predict(
     goes on; the exit code is then 1."""
     from dli.deploy import load, predict_files
 
-    images = predict_files(load(run, device), paths, out, overlays, progress=not quiet)
+    images = predict_files(load(run, device), paths, out, overlays, progress=not quiet and sys.stderr.isatty())
     verdicts = images["verdict"].value_counts()
     say(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) + f"; see {out}", quiet)
     raise typer.Exit(1 if "unreadable" in verdicts else 0)

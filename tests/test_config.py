@@ -18,7 +18,6 @@ from dli.experiment.config import (INJECTION, METHODS, PRESETS, RECIPE, Method, 
 from dli.experiment.store import row_config
 from dli.method.blending import BLENDS
 from dli.method.injection import DynamicLabelInjection
-from dli.study.matrix import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,12 +201,6 @@ def test_making_a_config_loads_no_network_and_no_pictures():
             f"print(*[name for name in {heavy} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr
-
-
-def test_the_command_takes_every_data_set_and_auto(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "{auto,magnetic-tiles,synthetic}" in capsys.readouterr().out.replace(" ", "")
 
 
 def test_every_committed_row_has_the_key_that_its_fields_make():

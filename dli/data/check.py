@@ -263,7 +263,7 @@ def facts(check: FolderCheck) -> list[str]:
 # %% ../../nbs/18_check.ipynb #62c7686c
 def report_text(check: FolderCheck) -> str:
     "The report as lines of text."
-    lines = [f"{check.root} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
+    lines = [f"{Path(check.root).name} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
     for title, found in (("Problems", check.problems), ("Good to know", check.notes)):
         if found:
             lines += ["", f"{title}:", *(f"  {s}" for s in sentences(found))]

@@ -128,7 +128,7 @@ def name_of(path: Path, folder: Path) -> str:
     "A photograph's name: its path below the folder, without suffix."
     return same_name(path.relative_to(folder).with_suffix("").as_posix())
 
-# %% ../../nbs/17_folders.ipynb #7c41e0aa
+# %% ../../nbs/17_folders.ipynb #a0b1f201
 def own_files(
     data: DataFile,  # its regions (roi) are neither photographs nor masks
     folder: Path,
@@ -137,7 +137,6 @@ def own_files(
     "The same without the regions of a data file."
     return [p for p in files_below(folder, suffixes) if not (data.roi and p.is_relative_to(data.root / data.roi))]
 
-# %% ../../nbs/17_folders.ipynb #a0b1f201
 def masks_beside(
     files: Sequence[Path],  # photographs and masks
 ) -> list[Path]:  # the masks
