@@ -16,7 +16,7 @@ HEAD = re.compile(r"<th\b[^>]*>[^<]*_[^<]*</th>")   # a long name may break at a
 CELL = re.compile(r"<td([^>]*)>([^<]{0,36})</td>")
 NUMBER = re.compile(r"[-+±]?[\d.,]+(?:e[-+]?\d+)?%?(?: ?± ?[\d.]+)?|NaN|—|-")
 LONG = 70   # characters of TeX that may not fit into a line on a phone
-ARGUMENTS = '<div class="sd-table arguments">'
+TABLES = {"Argument": "arguments", "Name": "names"}   # the first heading of a table of the API -> its class
 OUTSIDE = re.compile(r"<(?:script|link)[^>]*cdn\.jsdelivr\.net[^>]*>(?:</script>)?")
 
 
@@ -101,7 +101,9 @@ def finish(folder: Path, sources: dict[str, str], words: dict[str, dict], assets
         text = CELL.sub(table_cell, PICTURE.sub(pictures.place, text))
         text = HEAD.sub(break_names, text)
         text = re.sub(r"<table class=\"dataframe\">", '<table class="dataframe" tabindex="0">', text)
-        text = re.sub(r'<div class="sd-table">(?=\s*<table[^>]*>\s*<thead>\s*<tr>\s*<th>Argument)', ARGUMENTS, text)
+        for head, kind in TABLES.items():
+            first = rf'<div class="sd-table">(?=\s*<table[^>]*>\s*<thead>\s*<tr>\s*<th>{head}</th>)'
+            text = re.sub(first, f'<div class="sd-table {kind}">', text)
         texts[path.name] = sections(text)
         text = text.replace('class="code-copy-button"', 'class="code-copy-button" aria-label="Copy"')
         path.write_text(source_links(text, path.stem, sources), encoding="utf-8")

@@ -1,5 +1,5 @@
 // The site's search, in the place of Fuse: smalldocs.js makes one `Fuse` from search.json and asks it for entries.
-// What a reader types is first a name, then an argument or a key of a table, then a word of a title, then of the text.
+// What a reader types is first a word of words.yml, then a name, then an argument or a key of a table, then a word of a title, then of the text.
 window.Fuse = class {
   constructor(entries) {
     this.entries = entries.map((e, place) => ({
@@ -14,8 +14,8 @@ window.Fuse = class {
     const all = [name, title, ...entry.words, ...names, ...keys, text].join(" ");
     if (!words.every((w) => all.includes(w))) return 0;
     const begins = (place) => words.every((w) => place.split(/[^a-z0-9]+/).some((p) => p.startsWith(w)));
-    const grade = name === query ? 1000 + 200 * api
-      : entry.words.includes(query) ? 900
+    const grade = entry.words.includes(query) ? 1300
+      : name === query ? 1000 + 200 * api
       : name.startsWith(query) ? 500 + 200 * api
       : names.includes(query) ? 440 + 20 * (item.kind === "class") + 30 * !!item.top - Math.min(names.length, 40)
       : keys.includes(query) ? 430
