@@ -703,7 +703,8 @@ def study_own(
     with wrong_use():
         configs = parts_configs(data, folds, given.partitions, steps=given.steps, **fields)
     answer = study_parts(configs, given.jobs, given.threads, given.engine, given.dry_run, not given.quiet)
-    say(answer, given.quiet)
+    if answer is not None:
+        say(answer, given.quiet)
     return 0
 
 # %% ../nbs/80_cli.ipynb #f404a475

@@ -289,6 +289,7 @@ STUDY = ("--preset", "smoke", "--steps", 6, "--folds", 0, "--jobs", 2, "--out")
 def test_a_study_of_own_parts_says_the_time_before_it_trains(own, tmp_path):
     done = dli("study", own, *STUDY, tmp_path, "--dry-run")
     assert done.exit_code == 0 and re.search(r"3 runs of 6 steps: .*; 0 are finished. .* about \d+", done.output)
+    assert "None" not in done.output
     assert not list(tmp_path.iterdir())
 
 

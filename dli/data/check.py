@@ -281,7 +281,9 @@ def facts(check: FolderCheck) -> list[str]:
 # %% ../../nbs/18_check.ipynb #62c7686c
 def report_text(check: FolderCheck) -> str:
     "The report as lines of text."
-    lines = [f"{Path(check.root).name} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
+    here, root = Path.cwd(), Path(check.root)
+    root = root.relative_to(here) if root != here and root.is_relative_to(here) else root
+    lines = [f"{root} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
     for title, found in (("Problems", check.problems), ("Good to know", check.notes)):
         if found:
             lines += ["", f"{title}:", *(f"  {s}" for s in sentences(found))]
@@ -303,7 +305,8 @@ def readable(
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
          "body{color:#222;background:#fff}"
          "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ccc}"
-         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-width:100%;max-height:14rem}"
+         "th:first-child{text-align:left;white-space:nowrap}"
+         "img{margin:.2rem;image-rendering:pixelated;max-width:min(100%,29rem);max-height:14rem}"
          ".wide{overflow-x:auto}.good{color:#060;font-weight:bold}.bad{color:#a00;font-weight:bold}"
          "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}.good{color:#8d8}}")
 
