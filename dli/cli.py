@@ -199,6 +199,8 @@ def check(
     data: Data,
     split: Annotated[Path | None, typer.Option(metavar="FILE", help="a CSV with name and split; its leaks are "
                                                                     "reported")] = None,
+    parts: Annotated[Path | None, typer.Option(metavar="FILE", help="write a parts.csv in which copies of a "
+                                                                   "photograph share their part")] = None,
     json: Json = False,
     html: Html = None,
     quiet: Quiet = False,
@@ -207,9 +209,12 @@ def check(
 
     Nothing is written into the folder. The exit code is 1 where training would break."""
     from dli.data.check import check_folder
+    from dli.files import csv_bytes, write_whole
 
     found = check_folder(data, split, pictures=html is not None)
     write_page(html, found.to_html, quiet or json)
+    if parts is not None and found.merged is not None:
+        write_whole(parts, csv_bytes(found.merged))
     if json:
         print(found.to_json())
     else:
@@ -698,7 +703,8 @@ def study_own(
     with wrong_use():
         configs = parts_configs(data, folds, given.partitions, steps=given.steps, **fields)
     answer = study_parts(configs, given.jobs, given.threads, given.engine, given.dry_run, not given.quiet)
-    say(answer, given.quiet)
+    if answer is not None:
+        say(answer, given.quiet)
     return 0
 
 # %% ../nbs/80_cli.ipynb #f404a475

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +34,16 @@ def dli(*words):
     return CliRunner().invoke(cli.app, [str(w) for w in words], prog_name="dli")
 
 
+def heed_ctrl_c():
+    "A job in a shell's background ignores Ctrl-C, and hands that down."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*words, **options):
     "The command in a process of its own."
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, "-m", "dli", *map(str, words)], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c, **options)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +184,23 @@ def test_check_reports_and_writes_only_what_is_asked_for(own, tmp_path):
     assert dli("check", own, "--quiet").output == "" and sorted(own.rglob("*")) == before
 
 
+def test_check_writes_parts_in_which_copies_share_one(own, tmp_path):
+    photographs = tmp_path / "photographs"
+    shutil.copytree(own, photographs)
+    first = sorted((photographs / "images").iterdir())[0].name
+    for kind in ("images", "masks"):
+        shutil.copy(photographs / kind / first, photographs / kind / "synthetic_9999_copy.png")
+    done = dli("check", photographs, "--parts", tmp_path / "parts.csv")
+    assert "equal" in done.output
+    parts = pd.read_csv(tmp_path / "parts.csv", dtype=str).set_index("name")["part"]
+    assert parts["synthetic_9999_copy"] == parts[first.removesuffix(".png")]
+    shutil.copy(tmp_path / "parts.csv", photographs / "parts.csv")
+    text = (photographs / "parts.yaml").read_text()
+    (photographs / "parts.yaml").write_text(text.replace("part: '^synthetic_(\\d+)_'", "part: part"))
+    again = dli("check", photographs)
+    assert again.exit_code == 0 and "equal" not in again.output
+
+
 def test_check_says_when_training_would_break(own, tmp_path):
     text = (own / "parts.yaml").read_text()
     (tmp_path / "parts.yaml").write_text(f"root: {own}\n" + text.replace("['Blowhole'", "['Scratch', 'Blowhole'"))
@@ -266,6 +289,7 @@ STUDY = ("--preset", "smoke", "--steps", 6, "--folds", 0, "--jobs", 2, "--out")
 def test_a_study_of_own_parts_says_the_time_before_it_trains(own, tmp_path):
     done = dli("study", own, *STUDY, tmp_path, "--dry-run")
     assert done.exit_code == 0 and re.search(r"3 runs of 6 steps: .*; 0 are finished. .* about \d+", done.output)
+    assert "None" not in done.output
     assert not list(tmp_path.iterdir())
 
 

@@ -130,6 +130,12 @@ def test_ball_screws_and_the_leak_of_their_own_split(tmp_path):
     assert "<img" in check.to_html() and "http" not in check.to_html()
 
 
+def test_the_report_names_a_folder_below_the_current_one_without_the_way_to_it(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    check = check_folder(folder)
+    assert str(check).startswith(f"{folder.name} (") and check.root == str(folder)
+
+
 # A small folder of one's own, and damage to it
 
 TILES = synthetic_tiles(n=60, size=32, seed=1)

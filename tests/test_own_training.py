@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import patch
-from dli.data import Samples, split_samples
+from dli.data import Samples, check_folder, split_samples
 from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs, predict_samples, resolve, run,
                             run_folder, run_samples, runs_in)
 from dli.experiment.config import run_key
@@ -26,6 +26,7 @@ from dli.network.modelfile import read_notes
 from dli.study.matrix import run_matrix
 
 ROOT = Path(__file__).parent.parent
+BALL_SCREWS = ROOT.parent / "shared/own-data/bsdata"
 KINDS = ("one class", "no clean photograph", "several classes", "large")
 
 
@@ -331,3 +332,21 @@ def test_the_notebook_trains_on_a_data_file(folders, tmp_path):
     assert json.loads((left / "row.json").read_text())["dataset"] == "screws"
     assert (left / "predictions.png").is_file() and (left / "curve.png").is_file()
     assert f"Trained on screws (folder " in (folder / "out.ipynb").read_text()
+
+
+@pytest.mark.slow
+def test_a_network_learns_ball_screws_in_windows(tmp_path):
+    if not BALL_SCREWS.is_dir():
+        pytest.skip("the ball screws are not here")
+    for name in ("data", "label"):
+        shutil.copytree(BALL_SCREWS / name, tmp_path / name, copy_function=shutil.copyfile)
+    (tmp_path / "parts.yaml").write_text(
+        "layout: labelme\nimages: data\nannotations: label\nclasses: [Pitting]\nclean: all\nscale: 0.25\n"
+        "crop: 64\npart: '^(?:\\d+_\\d+_(\\d+_\\d+)|(KGT.+?))_crop'\n")
+    assert check_folder(tmp_path).ok
+    config = RunConfig(dataset=str(tmp_path), preset="smoke", steps=6, evaluations=1, out=str(tmp_path / "runs"))
+    row = run(config, progress=False)
+    assert row["fill"] == 0.5 and row["injected_Pitting"] > 0
+    train, val = run_samples(resolve(config))
+    assert len(set(train.table["tile"]) | set(val.table["tile"])) == 8
+    assert not set(train.table["tile"]) & set(val.table["tile"])

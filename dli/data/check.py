@@ -18,6 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from .annotations import BadFile, Note, as_bytes
 from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, given_sides,
@@ -88,6 +90,20 @@ def find_copies(
     alike = [(i, i + 1 + int(j)) for i, own in enumerate(thumbnails)
              for j in np.flatnonzero(thumbnails[i + 1:] @ own > NEARLY_EQUAL)]
     return [(i, j, "equal" if digests[i] == digests[j] else "nearly equal") for i, j in alike if parts[i] != parts[j]]
+
+# %% ../../nbs/18_check.ipynb #5d0b77a2
+def merge_parts(
+    names: Sequence[str],  # N photographs
+    parts: Sequence[str],  # of each
+    copies: Sequence[tuple[int, int, str]],  # of `find_copies`
+) -> pd.DataFrame:  # name, part: parts that share a copy have the name of the first of them
+    "The parts once copies are taken for photographs of one part."
+    number, known = pd.factorize(np.array(parts, object))
+    pairs = np.array([(number[i], number[j]) for i, j, _ in copies], int).reshape(-1, 2)
+    links = coo_matrix((np.ones(len(pairs)), pairs.T), shape=(len(known), len(known)))
+    _, group = connected_components(links, directed=False)
+    first = {g: known[k] for k, g in reversed(list(enumerate(group)))}
+    return pd.DataFrame({"name": list(names), "part": [first[group[n]] for n in number]})
 
 # %% ../../nbs/18_check.ipynb #42e1fb35
 def judge_parts(
@@ -208,6 +224,7 @@ class FolderCheck:
     problems: list[Note] = field(default_factory=list)  # training would break or learn wrong things
     notes: list[Note] = field(default_factory=list)  # good to know
     pictures: dict[str, list[bytes]] = field(default_factory=dict, repr=False)  # class -> PNG files
+    merged: pd.DataFrame | None = None  # name, part: each photograph, where copies share a part; None: none was read
     seconds: float = 0.0  # that reading all photographs took
 
     @property
@@ -224,7 +241,8 @@ class FolderCheck:
 
     def to_json(self) -> str:
         "Everything but the pictures, as JSON."
-        values = {k: v for k, v in vars(self).items() if k not in ("classes", "problems", "notes", "pictures")}
+        apart = ("classes", "problems", "notes", "pictures", "merged")
+        values = {k: v for k, v in vars(self).items() if k not in apart}
         values |= dict(ok=self.ok, breaks=self.breaks, classes=self.classes.to_dict("index"),
                        problems=[asdict(n) for n in self.problems], notes=[asdict(n) for n in self.notes])
         return json.dumps(values, indent=1, default=int)
@@ -263,7 +281,9 @@ def facts(check: FolderCheck) -> list[str]:
 # %% ../../nbs/18_check.ipynb #62c7686c
 def report_text(check: FolderCheck) -> str:
     "The report as lines of text."
-    lines = [f"{Path(check.root).name} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
+    here, root = Path.cwd(), Path(check.root)
+    root = root.relative_to(here) if root != here and root.is_relative_to(here) else root
+    lines = [f"{root} ({check.layout})", *facts(check), "", readable(check.classes).to_string()]
     for title, found in (("Problems", check.problems), ("Good to know", check.notes)):
         if found:
             lines += ["", f"{title}:", *(f"  {s}" for s in sentences(found))]
@@ -285,7 +305,8 @@ def readable(
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
          "body{color:#222;background:#fff}"
          "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ccc}"
-         "th:first-child{text-align:left}img{margin:.2rem;image-rendering:pixelated;max-width:100%;max-height:14rem}"
+         "th:first-child{text-align:left;white-space:nowrap}"
+         "img{margin:.2rem;image-rendering:pixelated;max-width:min(100%,29rem);max-height:14rem}"
          ".wide{overflow-x:auto}.good{color:#060;font-weight:bold}.bad{color:#a00;font-weight:bold}"
          "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}.good{color:#8d8}}")
 
@@ -401,4 +422,5 @@ def make_report(data, found, entries, rows, thumbnails, span, split, pictures) -
         found.problems.append(Note("sizes", "size", f"differ ({', '.join(list(sizes)[:3])}): say size or crop"))
     shown = take_pictures(rows, pair, data.classes) if pictures else {}
     return FolderCheck(str(data.root), data.layout, len(rows), len(set(parts)), sum(r["windows"] for r in rows), clean,
-                       folds, dict(sizes.most_common()), table, found.problems, found.notes, shown)
+                       folds, dict(sizes.most_common()), table, found.problems, found.notes, shown,
+                       merge_parts(names, parts, copies))

@@ -18,7 +18,7 @@ from ..data.samples import Samples
 from ..data.folders import DataFile, Found, find_entries, find_span
 from ..data.splits import possible_folds, split_samples
 from .config import DRAWS, INJECTION, METHODS, RunConfig, check_same, known_name, settled
-from .datasets import DATASETS, Dataset, as_size, find_dataset, load_dataset
+from .datasets import DATASETS, ONE_CLASS_FILL, Dataset, as_size, find_dataset, load_dataset
 from ..method.donors import DonorPool
 from ..method.injection import DynamicLabelInjection
 
@@ -124,15 +124,19 @@ def shuffled(
 def clean_share_after_dli(
     labels: np.ndarray,  # (N,) 0 for clean images, 1..K for defective ones
     batch_size: int,  # images a batch
-) -> float:  # share of clean images left by `fill="uniform"`, in [0, 1]
-    "Expected share of clean images after balancing, from 2000 shuffled batches of labels (seed 0)."
+    fill: str | float = "uniform",  # of the injection: "uniform", or the share of images that shall show a defect
+) -> float:  # share of clean images that it leaves, in [0, 1]
+    "Expected share of clean images after injection, from 2000 shuffled batches of labels (seed 0)."
     exists = np.bincount(labels)[1:] > 0
     left = 0
     for step in range(2000):
         batch = labels[shuffled(len(labels), batch_size, 0, step).numpy()]
         counts = np.bincount(batch, minlength=len(exists) + 1)
         present = counts[1:][exists]
-        left += max(counts[0] - (present.max() - present).sum(), 0)
+        if fill == "uniform":
+            left += max(counts[0] - (present.max() - present).sum(), 0)
+        else:
+            left += min(counts[0], batch_size * (1 - fill))
     return left / (2000 * batch_size)
 
 # %% ../../nbs/53_loader.ipynb #06-training-039
@@ -140,11 +144,12 @@ def draw_weights(
     labels: np.ndarray,  # (N,) 0 for clean images, 1..K for defective ones
     batch_size: int,  # images a batch
     draw: str,  # "balanced": classes equally often; "share": in their natural proportions
+    fill: str | float = "uniform",  # of `dli`, as for `clean_share_after_dli`
 ) -> torch.Tensor:  # float64 (N,), sum 1
     "How often each image is drawn. Clean images are drawn as often as `dli` leaves them clean."
     known_name("draw", draw, [name for name in DRAWS if name != "shuffled"])
-    clean = clean_share_after_dli(labels, batch_size)
     classes = np.unique(labels[labels > 0])
+    clean = clean_share_after_dli(labels, batch_size, fill)
     weight = torch.zeros(len(labels), dtype=torch.float64, device="cpu")
     for k in classes:
         weight[labels == k] = (1 - clean) / len(classes) / (labels == k).sum()
@@ -162,7 +167,8 @@ def drawn_indices(
     "Shuffled epochs, or `draw_weights` with replacement."
     if config.draw == "shuffled":
         return lambda step: shuffled(len(train), config.batch_size, config.seed, step)
-    weight = draw_weights(train.label, config.batch_size, config.draw)
+    fill = ONE_CLASS_FILL if len(train.classes) == 1 else "uniform"
+    weight = draw_weights(train.label, config.batch_size, config.draw, fill)
     return lambda step: torch.multinomial(weight, config.batch_size, replacement=True,
                                           generator=chance(config.seed, "order", step))
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dli.data.samples import Samples
 from dli.data.synthetic import synthetic_tiles
-from dli.experiment.loader import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, normalise,
-                                    run_injection, run_samples, shuffled)
+from dli.experiment.loader import (DRAWN, batches, chance, clean_share_after_dli, draw_weights, drawn_indices,
+                                   normalise, run_injection, run_samples, shuffled)
 from dli.experiment.config import RunConfig, resolve
 from dli.experiment.datasets import DATASETS, Dataset, data_fingerprint, load_dataset, resolve_dataset
 from dli.experiment.state import fit
@@ -64,6 +65,24 @@ def test_shares_without_balancing_keep_the_classes_proportions():
     clean, weight = clean_share_after_dli(labels, 16), draw_weights(labels, 16, "share").numpy()
     drawn = np.bincount(labels, weight, minlength=4)
     np.testing.assert_allclose(drawn, [clean, (1 - clean) * 0.8, 0, (1 - clean) * 0.2])
+
+
+@pytest.mark.parametrize("defective,expected", [(20, 0.5), (240, 0.2)])
+def test_with_one_class_the_share_is_that_of_a_number_to_fill(defective, expected):
+    labels = np.repeat([0, 1], [300 - defective, defective])
+    assert clean_share_after_dli(labels, 10, 0.5) == pytest.approx(expected, abs=0.01)
+    drawn = np.bincount(labels, draw_weights(labels, 10, "share", 0.5).numpy())
+    np.testing.assert_allclose(drawn, [expected, 1 - expected], atol=0.01)
+
+
+def test_the_control_of_a_run_with_one_class_shows_as_many_defects_as_dli_does():
+    tiles = synthetic_tiles(n=120, size=32, seed=0)
+    own = tiles[np.flatnonzero(tiles.clean | (tiles.table["class"] == "Blowhole"))]
+    train = Samples.from_arrays(own.images, own.masks, ["Blowhole"], parts=own.table["tile"])
+    config = RunConfig(method="share", preset="smoke", dataset="synthetic", batch_size=16)
+    draw = drawn_indices(config, train)
+    shown = np.concatenate([train.label[draw(step).numpy()] for step in range(200)])
+    assert 0.45 < (shown > 0).mean() < 0.55
 
 
 @pytest.mark.parametrize("draw", ["shares", "shuffled", None])
