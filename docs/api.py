@@ -299,9 +299,10 @@ def describe(entry: Entry, level: int, package: str, top: set[str], wing: str) -
     story = page_of(entry.notebook)
     linked = f" Examples: [{story}]({story}.html#{anchor(entry.name)})." if story else ""
     blocks.append(f"`from {home} import {entry.name}`{{.nolink}}.{linked}")
+    blocks.append(code(entry.source, "Source"))
     for method in entry.methods:
         blocks += describe(method, level + 1, package, top, wing)
-    return blocks + [code(entry.source, "Source")]
+    return blocks
 
 
 def title_of(wing: str) -> str:

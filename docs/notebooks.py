@@ -11,6 +11,7 @@ DIRECTIVE = re.compile(r"#\| *(\w+)")
 SHOWN = ("text/html", "image/png", "image/jpeg", "image/svg+xml", "text/markdown")   # the first that there is
 DROPPED = {"hide", "default_exp"}
 LONG = 10   # lines: a longer cell that only defines functions is folded
+FOLD = "#| code-fold: true"   # a cell that asks for it is folded on a page whose code is open
 MANY = 5   # imports: a cell with more of them and nothing else is folded
 
 
@@ -154,10 +155,10 @@ class Notebook:
     def code(self, cell: dict, docs: dict[str, str], links: dict[str, str], fold: bool, where: str) -> list[dict]:
         "A code cell with its outputs; folded where it is exported, only defines at length, or `fold` says so."
         source = text_of(cell)
-        words = directives(source)
+        words, fold = directives(source), fold or FOLD in source.splitlines()
         if words & DROPPED or not source.strip():
             return []
-        bare = without_directives(source)
+        bare = without_directives(source).replace(f"{FOLD}\n", "")
         outputs = [clean_output(output) for output in cell.get("outputs", [])]
         shown = dict(cell_type="code", metadata={}, execution_count=None, outputs=outputs, source=bare)
         if not words & {"export", "exporti"}:

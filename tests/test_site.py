@@ -59,6 +59,12 @@ def test_examples_stay_open_and_long_definitions_are_folded(tmp_path):
     assert ["code-fold" in cell["source"] for cell in shown(page, fold=True)[1:]] == [True]
 
 
+def test_a_cell_may_ask_to_be_folded(tmp_path):
+    page = notebook(tmp_path, ("code", "#| code-fold: true\nprint(1)"), ("markdown", "Text."), ("code", "print(2)"))
+    sources = [cell["source"] for cell in shown(page)[1:]]
+    assert [source.count("code-fold") for source in sources] == [1, 0, 0]
+
+
 @pytest.mark.parametrize("source,lead,alt", [
     ("#| fig-alt: A hole\nshow()", "Some text.", "A hole"),
     ('#| fig-cap: "Two holes"\nshow()', "Some text.", "Two holes"),
