@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,14 +16,16 @@ import torch
 
 from conftest import patch
 from dli.data import Samples, check_folder, split_samples
-from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs, predict_samples, resolve, run,
-                            run_folder, run_samples, runs_in)
+from dli.data.synthetic import synthetic_tiles
+from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs, plot_predictions, predict_samples,
+                            resolve, run, run_folder, run_samples, runs_in)
 from dli.experiment.config import run_key
 from dli.experiment.datasets import data_name, grey_levels
 from dli.experiment.loader import batches, run_injection
 from dli.experiment.state import advance
 from dli.experiment.steps import torch_dtype
 from dli.network.modelfile import read_notes
+from dli.scoring.metrics import count_batch, counts_table
 from dli.study.matrix import run_matrix
 
 ROOT = Path(__file__).parent.parent
@@ -332,6 +335,19 @@ def test_the_notebook_trains_on_a_data_file(folders, tmp_path):
     assert json.loads((left / "row.json").read_text())["dataset"] == "screws"
     assert (left / "predictions.png").is_file() and (left / "curve.png").is_file()
     assert f"Trained on screws (folder " in (folder / "out.ipynb").read_text()
+
+
+def test_names_of_windows_stand_beside_each_other_in_the_picture():
+    samples = synthetic_tiles(n=12, size=32, seed=0)
+    table = samples.table.assign(name=[f"01_200908071718_305000_090_crop_1_{i:03d}_064" for i in range(12)])
+    samples = Samples(samples.images, samples.masks, table, samples.classes)
+    logits = torch.full((12, len(samples.classes), 32, 32), -9.0)
+    counts = counts_table(table, count_batch(logits, torch.from_numpy(samples.masks)), samples.classes)
+    figure = plot_predictions(samples, counts, np.zeros((12, len(samples.classes), 32, 4), np.uint8))
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles and all("_crop_1_" in title.replace("\n", "") for title in titles)
+    assert max(len(line) for title in titles for line in title.split("\n")) <= 20
+    plt.close(figure)
 
 
 @pytest.mark.slow

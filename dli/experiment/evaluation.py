@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import pandas as pd
@@ -120,7 +121,8 @@ def plot_predictions(
             true = np.stack([mask == k + 1 for k in range(len(samples.classes))])
             draw_regions(above, image, np.where(true.any(0), 0, mask), true, samples.ignore_index)
             draw_regions(below, image, mask, predicted, samples.ignore_index)
-            above.set_title(drawable(f"{samples.table['class'][i]}\n{samples.table['name'][i]}"), fontsize=7)
+            lines = [samples.table["class"][i], *wrap(samples.table["name"][i], 20)]
+            above.set_title(drawable("\n".join(lines)), fontsize=7)
         handles = [Patch(color=f"C{k + 1}", label=legend_name(c)) for k, c in enumerate(samples.classes)]
         figure.legend(handles=handles, loc="outside upper center", ncol=len(handles), fontsize=7, title_fontsize=7,
                       title="truth above, prediction below, with the truth's outline")
