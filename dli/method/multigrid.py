@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/21_multigrid.ipynb #f103115e
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
@@ -44,11 +44,11 @@ class ForgivingCache(FunctionCache):
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # fast floating-point rules, without those that would rule out NaN
 
 
-def compiled(function):
+def compiled(function, inline="never"):
     """Decorator: a kernel, compiled by numba when it is first called; the code is kept in a file where possible.
 
     Kernels defined in a notebook are not kept: numba would not notice when a function they call changes."""
-    dispatcher = njit(nogil=True, error_model="numpy", fastmath=FAST, no_cfunc_wrapper=True)(function)
+    dispatcher = njit(nogil=True, error_model="numpy", fastmath=FAST, no_cfunc_wrapper=True, inline=inline)(function)
     if function.__module__ == "__main__":
         return dispatcher
     try:
@@ -56,6 +56,9 @@ def compiled(function):
     except (RuntimeError, OSError):
         pass  # no folder can be written to
     return dispatcher
+
+
+part = partial(compiled, inline="always")  # decorator: a kernel of one caller, and compiled only as a part of that
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-069
 DEGREE, WEIGHT, VALUE, RIGHT = range(4)  # the wires of a pixel, 1 / that, x and b
@@ -101,7 +104,7 @@ def add_neighbours(
                 out[i, k] = other[i - 1, k] + other[i + 1, k] + other[i, k] + beside[k - 1]
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-079
-@compiled
+@part
 def relax_colour(
     level,  # (4, 2, h, w): written
     colour,  # 0 red, 1 black
@@ -140,7 +143,7 @@ def gather_blocks(
         split_row(row, y, i)
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-084
-@compiled
+@part
 def spread_blocks(
     coarse,  # (4, 2, h', w')
     fine,  # (4, 2, h, w): its values are written
@@ -158,7 +161,7 @@ def spread_blocks(
                 x[j, k] += row[k - 1] if degree[j, k] > 0 else np.float32(0)
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-086
-@compiled
+@part
 def gather_residual(
     fine,  # (4, 2, h, w), black pixels relaxed last
     coarse,  # (4, 2, h', w'): its right side is written
@@ -214,7 +217,7 @@ def all_within(x, bound):
     return beyond == 0
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-096b
-@compiled
+@part
 def remove_mean(
     x,  # float32 (n,), values: written
     degree,  # (n,), positive in the region
@@ -227,18 +230,6 @@ def remove_mean(
     for i in range(len(x)):
         if degree[i] > 0:
             x[i] -= total / n
-
-# %% ../../nbs/21_multigrid.ipynb #01-blending-091
-@compiled
-def weigh_level(
-    level,  # (4, 2, h, w): VALUE and WEIGHT as above; written
-):
-    "`make_level`, in place."
-    add_neighbours(level[VALUE], level[DEGREE])
-    degree, weight, inside = level[DEGREE].ravel(), level[WEIGHT].ravel(), level[VALUE].ravel()
-    for i in range(len(degree)):
-        degree[i] = inside[i] * (degree[i] + weight[i])
-        weight[i] = 1 / degree[i] if degree[i] > 0 else np.float32(0)
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-092
 @compiled
@@ -255,112 +246,70 @@ def weigh_levels(
             inside = coarse[VALUE].ravel()
             for i in range(len(inside)):
                 inside[i] = min(inside[i], np.float32(1))
-        weigh_level(fine)
+        add_neighbours(fine[VALUE], fine[DEGREE])
+        degree, weight, inside = fine[DEGREE].ravel(), fine[WEIGHT].ravel(), fine[VALUE].ravel()
+        for i in range(len(degree)):
+            degree[i] = inside[i] * (degree[i] + weight[i])
+            weight[i] = 1 / degree[i] if degree[i] > 0 else np.float32(0)
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-094
-@compiled
-def cycle_levels(
-    work,  # see `get_level`: written
-    table,
-    top,  # level to begin at
-):
-    "`v_cycle`, in place."
-    last = len(table) - 1
-    for step in range(top, 2 * last - top + 1):
-        down, l = step < last, min(step, 2 * last - step)
-        fine, coarse = get_level(work, table, l), get_level(work, table, min(l + 1, last))
-        if not down and l < last:
-            spread_blocks(coarse, fine, np.int64(0))  # a plain 0 would be compiled separately
-        for half in range(2):
-            relax_colour(fine, half if down else 1 - half)
-        if down:
-            gather_residual(fine, coarse)
-            clear(coarse[VALUE].ravel())
-
-# %% ../../nbs/21_multigrid.ipynb #01-blending-096
-@compiled
-def begin_level(
-    work,  # see `get_level`: written
-    table,
-    l,  # level
-    colour,  # of the pixels that take their block's value on the next coarser level; -1: all are 0
-):
-    "The first values of a level."
-    fine = get_level(work, table, l)
-    clear(fine[VALUE].ravel())
-    if colour >= 0:
-        spread_blocks(get_level(work, table, l + 1), fine, colour)
-
-
-@compiled
-def gather_right_sides(
-    work,  # see `get_level`: written
-    table,
-):
-    "Sum the right side over blocks, level by level."
-    for l in range(len(table) - 1):
-        gather_blocks(get_level(work, table, l)[RIGHT], get_level(work, table, l + 1)[RIGHT])
-
-# %% ../../nbs/21_multigrid.ipynb #11f21868
+@part
 def multigrid(
-    work: np.ndarray,  # see `get_level`: written
-    table: np.ndarray,  # see `level_table`
-    start: int,  # 0 for a V-cycle, the coarsest level for full multigrid
-) -> None:
+    work,  # see `get_level`: written
+    table,
+    start,  # 0 for a V-cycle, the coarsest level for full multigrid
+):
     "`v_cycle` from 0, or `full_multigrid`, in place."
-    if start:
-        gather_right_sides(work, table)
-    for l in range(start, -1, -1):
-        begin_level(work, table, l, 1 if l < start else -1)
-        cycle_levels(work, table, l)
-
-# %% ../../nbs/21_multigrid.ipynb #3578e4f6
-@compiled
-def step_channel(
-    fine,  # (4, 2, h, w), the finest level, VALUE as a cycle left it: written
-    field,  # (2, h, w): the solution so far: written
-    p,  # (2, h, w), the last direction: written
-    q,  # (2, h, w), what the equations make of it: written
-    pq,  # float32, their scalar product
-    tolerance,  # float32
-):  # whether this is the solution; the new scalar product
-    "One step of conjugate gradients."
-    degree, z, b, x = fine[DEGREE].ravel(), fine[VALUE].ravel(), fine[RIGHT].ravel(), field.ravel()
-    p1, q1 = p.ravel(), q.ravel()
-    if all_within(z, tolerance):
-        add_scaled(x, z, np.float32(1))
-        return True, pq
-    scale_and_add(p1, -scalar_product(z, q1) / pq, z)
-    add_neighbours(p, q)
-    for i in range(len(q1)):
-        q1[i] = degree[i] * p1[i] - q1[i]
-    pq = scalar_product(p1, q1)
-    step = scalar_product(b, p1) / pq
-    add_scaled(x, p1, step)
-    add_scaled(b, q1, -step)
-    return False, pq
+    last = len(table) - 1
+    for l in range(start):
+        gather_blocks(get_level(work, table, l)[RIGHT], get_level(work, table, l + 1)[RIGHT])
+    for top in range(start, -1, -1):
+        for step in range(top - 1, 2 * last - top + 1):
+            begins, down, l = step < top, step < last, max(top, min(step, 2 * last - step))
+            fine, coarse = get_level(work, table, l), get_level(work, table, min(l + 1, last))
+            if begins:
+                clear(fine[VALUE].ravel())
+            if top < start if begins else not down and l < last:
+                spread_blocks(coarse, fine, 1 if begins else 0)
+            for half in range(0 if begins else 2):
+                relax_colour(fine, half if down else 1 - half)
+            if down and not begins:
+                gather_residual(fine, coarse)
+                clear(coarse[VALUE].ravel())
 
 # %% ../../nbs/21_multigrid.ipynb #2ccb96a5
+@compiled
 def solve_channel(
-    work: np.ndarray,  # see `get_level`, with levels weighed: written
-    table: np.ndarray,  # see `level_table`
-    field: np.ndarray,  # float32 (2, h, w): b; the solution is written there
-    tolerance: np.float32,
-    free: bool,  # no pixel is held
-) -> int:  # cycles, or more than `MOST_CYCLES`
+    work,  # see `get_level`, with levels weighed: written
+    table,
+    field,  # (2, h, w): b; the solution is written there
+    directions,  # (2, 2, h, w): written; the last direction, and what the equations make of it
+    tolerance,  # float32
+    free,  # bool: no pixel is held
+):  # cycles, or more than `MOST_CYCLES`
     "`solve_levels` for one image and channel, in place."
-    fine = get_level(work, table, 0)
-    p, q = np.zeros((2, *field.shape), np.float32)
-    fine[RIGHT], field[...], pq = field, 0, 1
+    fine, pq = get_level(work, table, np.int64(0)), np.float32(1)
+    degree, z, b, x = fine[DEGREE].ravel(), fine[VALUE].ravel(), fine[RIGHT].ravel(), field.ravel()
+    p, q = directions[0].ravel(), directions[1].ravel()
+    for i in range(len(b)):
+        b[i], x[i], p[i], q[i] = x[i], 0, 0, 0
     if free:
-        remove_mean(fine[RIGHT].ravel(), fine[DEGREE].ravel())
+        remove_mean(b, degree)
     for cycle in range(MOST_CYCLES):
         multigrid(work, table, 0 if cycle else len(table) - 1)
         if free:
-            remove_mean(fine[VALUE].ravel(), fine[DEGREE].ravel())
-        solved, pq = step_channel(fine, field, p, q, np.float32(pq), tolerance)
-        if solved:
+            remove_mean(z, degree)
+        if all_within(z, tolerance):
+            add_scaled(x, z, np.float32(1))
             return cycle + 1
+        scale_and_add(p, -scalar_product(z, q) / pq, z)
+        add_neighbours(directions[0], directions[1])
+        for i in range(len(q)):
+            q[i] = degree[i] * p[i] - q[i]
+        pq = scalar_product(p, q)
+        step = scalar_product(b, p) / pq
+        add_scaled(x, p, step)
+        add_scaled(b, q, -step)
     return MOST_CYCLES + 1
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-099
@@ -383,43 +332,42 @@ def load_known(
 ):
     "Note the region, the held pixels and their values, colour by colour."
     top, bottom, left, right = box
+    first, end = max(left - 1, 0), min(right + 1, mask.shape[1])
     for i in range(max(top - 1, 0), min(bottom + 1, mask.shape[0])):
-        for j in range(max(left - 1, 0), min(right + 1, mask.shape[1])):
-            colour, y, x = (i - top + j - left) & 1, i - top + 1, ((j - left) >> 1) + 1
-            if mask[i, j]:
-                level[VALUE, colour, y, x] = 1
-            else:
-                level[DEGREE, colour, y, x] = 1
-                for c in range(len(dst)):
-                    fields[c, colour, y, x] = dst[c, i, j] - src[c, i, j]
+        for colour in range(2):
+            begin = first + ((i - top + first - left + colour) & 1)  # the row's first pixel of this colour
+            n, y, x, region = (end - begin + 1) // 2, i - top + 1, ((begin - left) >> 1) + 1, mask[i, begin:end]
+            inside, held = level[VALUE, colour, y, x:], level[DEGREE, colour, y, x:]
+            for k in range(n):
+                inside[k], held[k] = region[2 * k], not region[2 * k]
+            for c in range(len(dst)):
+                t, s, b = dst[c, i, begin:end], src[c, i, begin:end], fields[c, colour, y, x:]
+                for k in range(n):
+                    b[k] = 0.0 if region[2 * k] else t[2 * k] - s[2 * k]
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-103
 @compiled
-def sum_held(
-    x,  # (2, h, w)
-    inside,  # (2, h, w): 1 in the region, 0 outside
-    y,  # (2, h, w): written
-):
-    "Sums over neighbours for the pixels of the region, 0 elsewhere."
-    add_neighbours(x, y)
-    values, factor = y.ravel(), inside.ravel()
-    for i in range(len(values)):
-        values[i] *= factor[i]
-
-
 def load_right_side(
-    level: np.ndarray,  # (4, 2, h, w), from `load_known`: the wires to held pixels are written to WEIGHT
-    fields: np.ndarray,  # (C, 2, h, w), likewise: b is written
-) -> bool:  # whether any pixel is held
-    "b: the sums over held neighbours."
-    sum_held(level[DEGREE], level[VALUE], level[WEIGHT])
-    for field in fields:
-        sum_held(field, level[VALUE], level[RIGHT])
-        field[...] = level[RIGHT]
-    return bool(level[WEIGHT].any())
+    level,  # (4, 2, h, w), from `load_known`: the wires to held pixels are written to WEIGHT
+    fields,  # (C, 2, h, w), likewise: b is written
+):  # whether any pixel is held
+    "b: the sums over held neighbours, for the pixels of the region."
+    inside, free = level[VALUE].ravel(), True
+    for c in range(-1, len(fields)):  # the wires first
+        x, y = (level[DEGREE], level[WEIGHT]) if c < 0 else (fields[c], level[RIGHT])
+        add_neighbours(x, y)
+        known, total = x.ravel(), y.ravel()
+        for i in range(len(inside)):
+            total[i] *= inside[i]
+        if c < 0:
+            free = all_within(total, np.float32(0))
+        else:
+            for i in range(len(inside)):
+                known[i] = total[i]
+    return not free
 
 # %% ../../nbs/21_multigrid.ipynb #9c77f9a1
-@compiled
+@part
 def stronger_step(
     s,  # float64, step of the source
     t,  # float64, step of the target
@@ -513,7 +461,8 @@ def solve_window(
     if mix_gradients:
         add_stronger_steps(dst, src, mask, box, fields, single)
     weigh_levels(work, table)
-    cycles = max(solve_channel(work, table, field, np.float32(tolerance), not held) for field in fields)
+    directions, tolerance = np.empty((2, *fields.shape[1:]), np.float32), np.float32(tolerance)
+    cycles = max(solve_channel(work, table, field, directions, tolerance, not held) for field in fields)
     if cycles > MOST_CYCLES:
         raise ValueError(NO_SOLUTION)
     return fields, held, cycles
