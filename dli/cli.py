@@ -58,10 +58,16 @@ def give_up_output() -> None:
         sys.stdout = open(os.devnull, "w")
 
 # %% ../nbs/80_cli.ipynb #76825746
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    "A warning as a sentence. Those about code, not data, are left out."
-    if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
-        print(f"warning: {message}", file=sys.stderr)
+class Warned:
+    "Says each warning once, as a sentence. Those about code, not data, are left out."
+    def __init__(self):
+        self.said = set()
+
+    def __call__(self, message, category, filename, lineno, file=None, line=None) -> None:
+        about_code = issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning))
+        if not about_code and str(message) not in self.said:
+            self.said.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
 
 # %% ../nbs/80_cli.ipynb #ff332173
 class Commands(TyperGroup):
@@ -69,7 +75,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = show_warning
+                warnings.showwarning = Warned()
                 result = super().invoke(ctx)
             sys.stdout.flush()
             return result

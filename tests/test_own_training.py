@@ -21,7 +21,7 @@ from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs,
                             resolve, run, run_folder, run_samples, runs_in)
 from dli.experiment.config import run_key
 from dli.experiment.datasets import data_name, grey_levels
-from dli.experiment.loader import batches, run_injection
+from dli.experiment.loader import as_batch, batches, run_injection
 from dli.experiment.state import advance
 from dli.experiment.steps import torch_dtype
 from dli.network.modelfile import read_notes
@@ -366,3 +366,11 @@ def test_a_network_learns_ball_screws_in_windows(tmp_path):
     train, val = run_samples(resolve(config))
     assert len(set(train.table["tile"]) | set(val.table["tile"])) == 8
     assert not set(train.table["tile"]) & set(val.table["tile"])
+
+
+def test_a_batch_of_colour_photographs_has_no_memory_format_of_its_own():
+    "In channels_last the backward pass of mobileone_s1 ends the process on the CPU."
+    images = np.zeros((2, 16, 24, 3), np.uint8)
+    samples = Samples.from_arrays(images, np.zeros((2, 16, 24), np.uint8), ("red",), parts=["a", "b"])
+    batch, _ = as_batch(samples, np.array([0, 1]))
+    assert batch.shape == (2, 3, 16, 24) and batch.is_contiguous()

@@ -115,7 +115,8 @@ def judge_parts(
         if parts < 2:
             shown = f"is seen on {parts} {'part' if parts == 1 else 'parts'}"
             found.problems.append(Note(name, "parts", f"{shown}: a network can't train on one part and be judged on "
-                                                      "another; add photographs of other parts, or leave it out"))
+                                                      "another; check that the parts are right (part), add photographs "
+                                                      "of other parts, or leave it out"))
         elif parts < FOLDS:
             found.notes.append(Note(name, "parts", f"is seen on {parts} parts: there are at most {parts} folds in the "
                                                    f"place of {FOLDS}"))

@@ -180,7 +180,8 @@ def as_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images uint8 (B, C, H, W), C = 1 or 3; masks uint8 (B, H, W)
     "A batch as tensors on the device, still in grey levels."
     images = torch.from_numpy(samples.images[index]).to(device)
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    # contiguous: on the CPU the network's own memory format must decide (see `ENCODERS`), not that of the file
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(samples.masks[index]).to(device)
 
 
