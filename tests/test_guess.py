@@ -138,6 +138,16 @@ def test_a_pattern_groups_and_finds_a_part_for_every_name(names):
         assert all(parts) and 1 < len(set(parts)) < len(names)
 
 
+@pytest.mark.parametrize("names,parts", [
+    ([f"p{part}-{shot}" for part in range(3) for shot in range(4)], 3),
+    ([f"part {part} exposure {shot}" for part in range(6) for shot in range(9)], 6),
+    ([f"line2_{part:03d}_{shot}" for part in range(5) for shot in range(8)], 5),
+])
+def test_a_part_is_what_names_begin_with_however_many_shots_there_are(names, parts):
+    pattern = pattern_of(names)
+    assert len({part_by_pattern(name, pattern) for name in names}) == parts
+
+
 def test_a_table_of_parts_is_preferred(tmp_path):
     store(tmp_path, TILES.masks)
     table = pd.DataFrame({"name": TILES.table["name"], "serial": TILES.table["tile"], "label": TILES.table["class"]})

@@ -578,7 +578,7 @@ def list_yolo(data: DataFile, found: Found) -> None:
         found.entries.append(Entry(name_of(image, images_at), image, draw, (path,) if path else ()))
 
 # %% ../../nbs/17_folders.ipynb #5db61b28
-LAYOUTS = {
+LAYOUTS = {  # name -> how its files are found
     "index": Layout(list_index, given_classes),
     "colour": Layout(list_colour, lambda data: tuple(colours_of(data))),
     "per-class": Layout(list_per_class, per_class_folders, annotations=("masks", ".")),

@@ -224,7 +224,7 @@ def piece(
 def pattern_of(
     names: Sequence[str],  # of photographs
 ) -> str | None:
-    "The pattern that groups photographs most finely; None: no piece of the names groups them."
+    "The pattern that groups photographs by their leading piece, as finely as it can; None: no piece groups them."
     pieces = [re.split("[_. -]", n.split("/")[-1]) for n in names]
     usual = Counter(map(len, pieces)).most_common(1)[0][0]
     varies = [len({p[k] for p in pieces if len(p) == usual}) > 1 for k in range(usual)]
@@ -235,6 +235,8 @@ def pattern_of(
             groups = len({part_by_pattern(n, pattern) or n for n in names})
             if varies[first] and varies[last] and most < groups <= 0.8 * len(names):
                 best, most = pattern, groups
+        if best:
+            break  # names begin with the part, and end with what differs between its photographs
     if best and not all(part_by_pattern(n, best) for n in names):
         best = f"{best}|^(.+)$"  # a name of another form is a part of its own
     return best if best is None or any("/" in n for n in names) else best.replace("(?:.*/)?", "")

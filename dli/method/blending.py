@@ -238,4 +238,4 @@ def clone_donors(
     return regions
 
 # %% ../../nbs/22_blending.ipynb #0029671c
-BLENDS = {"poisson": clone_donors, "cutpaste": paste_donors}  # name -> function, as described above
+BLENDS = {"poisson": clone_donors, "cutpaste": paste_donors}  # name -> function (targets, patches, masks, options)
