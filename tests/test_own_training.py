@@ -338,12 +338,12 @@ def test_the_notebook_trains_on_a_data_file(folders, tmp_path):
 
 
 def test_names_of_windows_stand_beside_each_other_in_the_picture():
-    samples = synthetic_tiles(n=12, size=32, seed=0)
-    table = samples.table.assign(name=[f"01_200908071718_305000_090_crop_1_{i:03d}_064" for i in range(12)])
-    samples = Samples(samples.images, samples.masks, table, samples.classes)
-    logits = torch.full((12, len(samples.classes), 32, 32), -9.0)
+    samples = synthetic_tiles(n=60, size=32, seed=1)
+    table = samples.table.assign(name=[f"01_200908071718_305000_090_crop_1_{i:03d}_064" for i in range(60)])
+    samples = replace(samples, table=table)
+    logits = torch.full((60, len(samples.classes), 32, 32), -9.0)
     counts = counts_table(table, count_batch(logits, torch.from_numpy(samples.masks)), samples.classes)
-    figure = plot_predictions(samples, counts, np.zeros((12, len(samples.classes), 32, 4), np.uint8))
+    figure = plot_predictions(samples, counts, np.zeros((60, len(samples.classes), 32, 4), np.uint8))
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles and all("_crop_1_" in title.replace("\n", "") for title in titles)
     assert max(len(line) for title in titles for line in title.split("\n")) <= 20
