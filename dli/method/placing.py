@@ -147,10 +147,10 @@ def check_regions(
     if len(regions) != len(masks):
         raise ValueError(f"blend {name!r}: expected {len(masks)} regions, one per window, got {len(regions)}")
     for region, mask in zip(regions, masks):
-        found = getattr(region, "dtype", type(region).__name__), tuple(getattr(region, "shape", ()))
-        if found != (torch.bool, tuple(mask.shape)):
+        found = getattr(region, "dtype", type(region).__name__), getattr(region, "shape", ())
+        if found != (torch.bool, mask.shape):
             raise ValueError(f"blend {name!r}: expected regions like the masks, torch.bool {tuple(mask.shape)}, "
-                             f"got {found[0]} {found[1]}")
+                             f"got {found[0]} {tuple(found[1])}")
 
 # %% ../../nbs/25_placing.ipynb #ae8cbdae
 FAINT = 12 / 255  # of the range: a change of so much can hardly be seen
@@ -198,7 +198,7 @@ def blend_all(
         groups[p.blend, p.margin].append(p)
     blended = []
     for (name, margin), group in groups.items():
-        targets = [images[p.target][(slice(None), *p.window)] for p in group]
+        targets = [images[(p.target, slice(None), *p.window)] for p in group]
         masks = [p.mask for p in group]
         before = [target.clone() for target in targets] if min_contrast and name != "cutpaste" else []
         regions = list(BLENDS[name](targets, [p.patch for p in group], masks, replace(options, margin=margin)))
@@ -215,7 +215,7 @@ def write_label(
     ignore_index: int | None = None,  # pixels of this value keep it
 ) -> None:
     "Write the label of an injection."
-    view = masks[placement.target][placement.window]
+    view = masks[(placement.target, *placement.window)]
     if ignore_index is not None:
         where = where & ~find_ignored(view, ignore_index)
     if view.device.type == "cpu":
