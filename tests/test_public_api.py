@@ -35,8 +35,11 @@ OF_SQUARE_TILES = {"fetch_magnetic_tiles", "find_magnetic_tiles", "fold_table", 
                    "read_folds", "synthetic_tiles", "verify_magnetic_tiles"}
 OF_RUNS = {"load_model", "load_runs", "notebook_config", "publish", "resolve", "run", "run_folder", "run_key",
            "run_name", "run_samples", "runs_in", "find_dataset"}
-OF_FOLDERS = {"DataFile", "FolderCheck", "LAYOUTS", "check_folder", "read_data_file", "read_folder"}  # test_folders.py
-NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS | OF_FOLDERS
+OF_FOLDERS = {"DataFile", "FolderCheck", "Guess", "LAYOUTS", "check_folder", "guess_data_file", "possible_folds",
+              "read_data_file", "read_folder"}  # test_folders.py, test_guess.py
+OF_MODEL_FILES = {"ModelNotes", "build_model", "find_models", "read_notes", "save_model"}  # test_deploy.py
+OF_PAGES = {"logger", "preview_page", "write_report"}  # test_cli.py
+NOT_WALKED = TABLES | ROWS_AND_TYPES | ERRORS | OF_SQUARE_TILES | OF_RUNS | OF_FOLDERS | OF_MODEL_FILES | OF_PAGES
 
 
 def parts(height: int, width: int, channels: int, classes: tuple[str, ...], seed: int = 0) -> Samples:

@@ -416,16 +416,11 @@ def test_the_good_one_of_two_checkpoints_is_used(stopped, unstopped, monkeypatch
     assert outcome(stopped) == unstopped
 
 
-def of_other_tiles(c):
-    return [replace(samples, source="magnetic-tiles") for samples in run_samples(c)]
-
-
 @pytest.mark.parametrize("change,message", [
     (lambda m: dict(seed=1), "seed=0, here 1"),
     (lambda m: patch(m, "RECIPE", RECIPE + 1), f"recipe={RECIPE}, here {RECIPE + 1}"),
     (lambda m: patch(m, "versions", lambda: dict(torch="9")), "torch='.*', here '9'"),
     (lambda m: dict(dtype="float32"), "dtype='bfloat16', here 'float32'"),
-    (lambda m: patch(m, "run_samples", of_other_tiles), "source='synthetic', here 'magnetic-tiles'"),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stopped, monkeypatch):
     content = (run_folder(stopped) / CHECKPOINTS[1]).read_bytes()
@@ -436,6 +431,13 @@ def test_a_checkpoint_of_another_run_or_version_is_named(change, message, stoppe
     with pytest.raises(ValueError, match=f"is of another run or version: .*{message}.*delete it to start"):
         run(other, progress=False)
     assert path.read_bytes() == content and not (path.parent / "row.json").exists()
+
+
+def test_samples_of_another_data_set_are_refused(tmp_path):
+    c = config(out=str(tmp_path))
+    train, val = run_samples(c)
+    with pytest.raises(ValueError, match="the training samples are of 'magnetic-tiles', the config is of 'synthetic'"):
+        fit(c, replace(train, source="magnetic-tiles"), val, progress=False)
 
 
 def test_a_damaged_row_is_not_overwritten(tmp_path):

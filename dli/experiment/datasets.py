@@ -71,7 +71,7 @@ def is_data_file(
     name: str,  # of a data set
 ) -> bool:
     "Whether it is the path of a data file, or of a folder that holds one."
-    if name in ("auto", *DATASETS):
+    if not name or name in ("auto", *DATASETS):
         return False
     path = Path(name)
     return len(path.parts) > 1 or path.suffix.lower() in (".yaml", ".yml") or os.path.exists(path)

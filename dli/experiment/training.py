@@ -83,11 +83,12 @@ def model_notes(
 ) -> ModelNotes:
     "What the model file says."
     config, dataset = state.config, state.dataset
+    said = {name: value for name, value in asdict(config).items() if name != "out"}
     return ModelNotes(
         train.classes, config.encoder, config.decoder, channels=1 if train.images.ndim == 3 else 3, mean=dataset.mean,
         deviation=dataset.deviation, levels=train.levels, ignore=train.ignore_index, source=train.source,
         data=config.data, method=config.method, train_parts=parts_of(train), val_parts=parts_of(val),
-        versions=versions(), config=asdict(config), **how_read(state))
+        versions=versions(), config=said, **how_read(state))
 
 # %% ../../nbs/57_training.ipynb #06-training-141b
 def complete(
