@@ -75,7 +75,7 @@ def parts_of(
     "The physical parts that samples show, as text."
     return tuple(sorted(map(str, samples.table["tile"].unique())))
 
-
+# %% ../../nbs/57_training.ipynb #c4499ed0
 def model_notes(
     state: TrainingState,  # finished
     train: Samples,  # the training part

@@ -277,6 +277,24 @@ def multigrid(
                 gather_residual(fine, coarse)
                 clear(coarse[VALUE].ravel())
 
+# %% ../../nbs/21_multigrid.ipynb #2ccb96b0
+@part
+def step_along(
+    x,  # the solution: altered
+    b,  # what is left of the right side: altered
+    p,  # a direction
+    q,  # the sums of its neighbours; then what the equations make of it
+    degree,  # neighbours of each pixel
+):  # the product of p and q
+    "A step of conjugate gradients, as far as it helps."
+    for i in range(len(q)):
+        q[i] = degree[i] * p[i] - q[i]
+    pq = scalar_product(p, q)
+    step = scalar_product(b, p) / pq
+    add_scaled(x, p, step)
+    add_scaled(b, q, -step)
+    return pq
+
 # %% ../../nbs/21_multigrid.ipynb #2ccb96a5
 @compiled
 def solve_channel(
@@ -304,12 +322,7 @@ def solve_channel(
             return cycle + 1
         scale_and_add(p, -scalar_product(z, q) / pq, z)
         add_neighbours(directions[0], directions[1])
-        for i in range(len(q)):
-            q[i] = degree[i] * p[i] - q[i]
-        pq = scalar_product(p, q)
-        step = scalar_product(b, p) / pq
-        add_scaled(x, p, step)
-        add_scaled(b, q, -step)
+        pq = step_along(x, b, p, q, degree)
     return MOST_CYCLES + 1
 
 # %% ../../nbs/21_multigrid.ipynb #01-blending-099
