@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import patch
 from dli.data.folders import DataFile, geometry
 from dli.data.samples import FREE, Samples
-from dli.deploy.judging import judge
+from dli.deploy.judging import judge, read_samples
 from dli.deploy.prediction import predict_files
 from dli.deploy.predictor import Predictor, load
 from dli.deploy.stitching import Canvas, at_scale, drop_small, find_defects, spans
@@ -664,3 +665,10 @@ def test_stricter_thresholds_give_fewer_alarms(trained):
     assert set(strict.clean_alarms) <= set(plain.clean_alarms) and set(strict.missed) >= set(plain.missed)
     fp = lambda e: sum(e.counts[f"fp_{c}"].sum() for c in val.classes)
     assert fp(strict) < fp(plain)
+
+
+def test_a_data_set_of_the_table_is_read_as_it_was_for_the_run(monkeypatch):
+    patch(monkeypatch, "load_dataset", lambda *how: how)
+    notes = replace(NOTES, size=(96, 96), config=dict(threshold=0))
+    assert read_samples("magnetic-tiles", notes) == ("magnetic-tiles", 96, 0)
+    assert read_samples("magnetic-tiles", replace(notes, config={})) == ("magnetic-tiles", 96, 127)

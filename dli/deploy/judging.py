@@ -39,7 +39,7 @@ def read_samples(
     if isinstance(data, Samples):
         return data
     if isinstance(data, str) and data in DATASETS:
-        return load_dataset(data, size=(notes.size or (256, 256))[0])
+        return load_dataset(data, (notes.size or (256, 256))[0], notes.config.get("threshold", 127))
     data = data if isinstance(data, DataFile) else read_data_file(data)
     data = replace(data, scale=notes.scale, size=notes.size, pad=notes.pad, crop=notes.crop, channels=notes.channels,
                    classes=data.classes or notes.classes)
