@@ -308,11 +308,14 @@ def test_a_study_of_own_parts_answers_and_reads_its_rows_again(own, tmp_path):
     assert "3 are finished." in again.output and re.findall(r"95 % interval by part: [^)]*", again.output) == intervals
 
 
-@pytest.mark.parametrize("low, high, verdict", [(0.01, 0.1, "Injection helps"), (-0.1, -0.01, "Injection harms"),
-                                                (-0.1, 0.1, "It is not shown")])
-def test_the_answer_follows_the_interval(low, high, verdict):
+@pytest.mark.parametrize("name, low, high, verdict", [
+    ("baseline", 0.01, 0.1, "Training with injection is better: "), ("share", 0.01, 0.1, "Injection itself helps: "),
+    ("baseline", -0.1, -0.01, "Training with injection is worse: "), ("share", -0.1, -0.01, "Injection itself harms: "),
+    ("baseline", -0.1, 0.1, "It is not shown that training with injection is better: "),
+    ("share", -0.1, 0.1, "It is not shown that injection itself helps: ")])
+def test_the_answer_follows_the_interval(name, low, high, verdict):
     found = Comparison((low + high) / 2, low, high, (), tiles=30)
-    assert answer_text("baseline", found).startswith(verdict)
+    assert answer_text(name, found).startswith(verdict)
     few = PartsAnswer(pd.DataFrame(), dict(share=Comparison(0.0, low, high, (), tiles=3)))
     assert "rough" in str(few)
 

@@ -148,6 +148,8 @@ class PartsAnswer:
 ENOUGH = 10  # parts with a defect
 FEW = f"With fewer than {ENOUGH} defective parts the interval is rough: photograph more parts before you rely on it."
 REASONS = dict(baseline="than training without it", share="than showing defective images as often without injecting")
+VERDICTS = dict(baseline=("Training with injection is better", "Training with injection is worse"),
+                share=("Injection itself helps", "Injection itself harms"))
 
 
 def answer_text(
@@ -155,12 +157,12 @@ def answer_text(
     found: Comparison,  # dli minus that method
 ) -> str:
     "A comparison in a sentence."
+    better, worse = VERDICTS[name]
+    verdict = f"It is not shown that {better[0].lower()}{better[1:]}"
     if found.low > 0:
-        verdict = "Injection helps"
+        verdict = better
     elif found.high < 0:
-        verdict = "Injection harms"
-    else:
-        verdict = "It is not shown that injection helps"
+        verdict = worse
     how = "higher" if found.difference >= 0 else "lower"
     return (f"{verdict}: the iou_macro of dli is {abs(found.difference):.3f} {how} {REASONS[name]} (95 % interval by "
             f"part: {found.low:+.3f} to {found.high:+.3f}, {found.tiles} defective parts).")
