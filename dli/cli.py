@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -423,8 +423,8 @@ def train_one(
     note = longer_note(config)
     if note:
         print(note, file=sys.stderr)
-    write = None if log is None else logger(log, folder)
-    row = run(config, progress=not quiet, device=device, log=write)
+    with nullcontext() if log is None else logger(log, folder) as write:
+        row = run(config, progress=not quiet, device=device, log=write)
     page = write_report(folder)
     iou = "not defined" if row["iou_macro"] is None else f"{row['iou_macro']:.3f}"
     say(f"fold {config.fold}: iou_macro {iou} on {row['val_images']} validation images; {page}", quiet)
@@ -561,8 +561,10 @@ def export(
 
     It takes grey levels and gives probabilities and an index mask. It is checked against PyTorch before it is
     written."""
-    from dli.deploy.export import export_onnx
+    from dli.deploy.export import check_target, export_onnx
 
+    with wrong_use():
+        check_target(onnx)
     say(export_onnx(run, onnx, samples_to_compare(run, data)), quiet)
 
 # %% ../nbs/80_cli.ipynb #3e87828d

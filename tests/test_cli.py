@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,7 @@ WRONG = [("nothing",), ("train",), ("train", "synthetic", "--steps", "many"), ("
          ("train", "synthetic", "--log", "paper"), ("evaluate", "runs", "--part", "half"),
          ("threshold", "runs", "--max-clean-alarm", "2"), ("score", "masks", "--split", "random"),
          ("study", "table1", "--folds", "9"), ("study", "table1", "--steps", "5"), ("study", "table9"),
-         ("predict", "runs", "photographs")]
+         ("predict", "runs", "photographs"), ("export", "runs", "model.txt")]
 
 
 @pytest.mark.parametrize("words", WRONG, ids=" ".join)
@@ -238,13 +239,21 @@ def test_a_finished_run_is_not_repeated_and_more_steps_say_what_to_do(own, train
 
 
 def test_the_curve_is_logged(own, tmp_path, monkeypatch):
-    heard = []
-    mlflow = SimpleNamespace(active_run=lambda: "one", log_metrics=lambda m, step: heard.append((step, m)))
+    heard, active = [], []
+
+    @contextmanager
+    def start_run(run_name):
+        active.append(run_name)
+        yield
+        active.pop()
+    mlflow = SimpleNamespace(active_run=lambda: active[-1] if active else None, start_run=start_run,
+                             log_metrics=lambda m, step: heard.append((active[-1], step, m)))
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     done = dli("train", own, "--out", tmp_path, "--log", "mlflow", "--method", "baseline", "--folds", "0", "1", *SMOKE)
     assert done.exit_code == 0, done.output
-    assert [step for step, _ in heard] == [3, 6, 3, 6] and all("loss" in m for _, m in heard)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert [step for _, step, _ in heard] == [3, 6, 3, 6] and all("loss" in m for *_, m in heard)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name, *_ in heard} == names and len(names) == 2  # each fold logs to a run of its own
 
 
 def test_predict_writes_masks_and_names_a_broken_file(own, trained, tmp_path):

@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import patch
-from dli.data.folders import DataFile, geometry
+from dli.data.folders import DataFile, geometry, read_folder
 from dli.data.samples import FREE, Samples
 from dli.deploy.judging import judge, read_samples
 from dli.deploy.prediction import predict_files
 from dli.deploy.predictor import Predictor, load
-from dli.deploy.stitching import Canvas, at_scale, drop_small, find_defects, spans
+from dli.deploy.stitching import (Rows, at_scale, drop_small, drop_small_claims, find_claims, find_defects, join_claims,
+                                  settle, spans)
 from dli.deploy.thresholds import allowed_alarms, choose_thresholds, share_alarms
 from dli.experiment.config import RunConfig, resolve
 from dli.experiment.datasets import DATASETS
@@ -281,30 +282,51 @@ def expected_mask(probabilities, limits) -> np.ndarray:
     return np.where(regions.any(0), best, 0)
 
 
+def expected_defects(mask, probabilities, names) -> list[tuple]:
+    "Class, box, area and largest probability of each region, by OpenCV."
+    found = []
+    for k, name in enumerate(names):
+        _, labels, stats, _ = cv2.connectedComponentsWithStats((mask == k + 1).astype(np.uint8), connectivity=8)
+        for label, (left, top, width, height, area) in enumerate(stats[1:].tolist(), 1):
+            score = round(float(probabilities[k][labels == label].max()), 6)
+            found.append((name, top, left, height, width, area, score))
+    return sorted(found)
+
+
 @settings(deadline=None, max_examples=150)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.lists(st.integers(1, 30), min_size=4, max_size=4), st.booleans())
-def test_a_canvas_filled_in_pieces_is_the_definition(seed, classes, areas, coarse):
+@given(st.integers(0, 10**6), st.integers(1, 4), st.lists(st.integers(1, 30), min_size=4, max_size=4), st.booleans(),
+       st.integers(1, 40), st.floats(0, 2))
+def test_a_mask_made_row_by_row_is_the_definition(seed, classes, areas, coarse, width, smooth):
     rng = np.random.default_rng(seed)
-    probabilities = cv2.GaussianBlur(rng.random((24, 30, classes)).astype(np.float32), (0, 0), 1.5)
-    probabilities = np.moveaxis(probabilities.reshape(24, 30, classes), 2, 0)
+    probabilities = rng.random((24, width, classes)).astype(np.float32)
+    if smooth > 0.3:
+        probabilities = cv2.GaussianBlur(probabilities, (0, 0), smooth)
+    probabilities = np.moveaxis(probabilities.reshape(24, width, classes), 2, 0)
     if coarse:
         probabilities = np.round(probabilities, 1).astype(np.float32)  # ties
-    limits = [(float(rng.uniform(0.4, 0.6)), area) for area in areas[:classes]]
-    canvas = Canvas((24, 30), limits)
-    for rows in (slice(0, 10), slice(10, 24)):
-        for columns in (slice(0, 17), slice(17, 30)):
-            for k in range(classes):
-                canvas.add(k, rows, columns, probabilities[k, rows, columns])
-    mask, score = canvas.finish()
+    limits, names = [(float(rng.uniform(0.4, 0.6)), area) for area in areas[:classes]], tuple("abcd"[:classes])
+    claims = []
+    for (limit, area), own in zip(limits, probabilities):
+        pieces = [find_claims(own[start:stop], limit, start) for start, stop in ((0, 1), (1, 10), (10, 24))]
+        claims.append(drop_small_claims(join_claims(pieces), area))
+    mask = settle(claims, (24, width))
     assert np.array_equal(mask, expected_mask(probabilities, limits))
-    own = np.take_along_axis(probabilities, mask[None].astype(int) - 1, 0)[0]
-    assert np.array_equal(score, np.where(mask > 0, own, 0))
-    names = tuple("abcd"[:classes])
-    defects = find_defects(mask, score, names)
-    assert sum(d["area"] for d in defects) == (mask > 0).sum()
-    for d in defects:
-        box = slice(d["top"], d["top"] + d["height"]), slice(d["left"], d["left"] + d["width"])
-        assert (mask[box] == names.index(d["class"]) + 1).sum() >= d["area"]
+    shown = [own[mask.ravel()[own.place] == k] for k, own in enumerate(claims, 1)]
+    defects = [tuple(d.values()) for own, name in zip(shown, names) for d in find_defects(own, name)]
+    assert sorted(defects) == expected_defects(mask, probabilities, names)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 90), st.integers(1, 90), st.data())
+def test_rows_of_a_photograph_are_those_of_the_whole(height, width, rows, columns, data):
+    cuts = sorted({0, height, *data.draw(st.lists(st.integers(0, height), max_size=4))})
+    small = np.random.default_rng(height).random((1, height, width)).astype(np.float32)
+    under_way, made = Rows((height, width), (rows, columns)), []
+    for start, stop in zip(cuts, cuts[1:]):
+        under_way.add(small[:, start:stop])
+        made.append(under_way.make(0))
+    whole = cv2.resize(small[0], (columns, rows), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(np.concatenate(made), whole, atol=2e-6)
 
 
 # ---- photographs -----------------------------------------------------------------------------------------------------
@@ -590,6 +612,64 @@ def test_one_of_several_models_must_be_chosen(tmp_path, stored):
         (tmp_path / "runs" / name / "model.safetensors").write_bytes(stored.read_bytes())
     with pytest.raises(ValueError, match="expected one model, got 2: choose one of a, b"):
         load(tmp_path / "runs")
+
+
+# ---- photographs that training cut into windows ----------------------------------------------------------------------
+
+def cut_photographs(folder: Path, clean: int, defective: int, **how) -> tuple[Samples, list[np.ndarray]]:
+    "Smooth photographs of several sizes as files; as samples, cut; and as arrays."
+    rng, images = np.random.default_rng(clean), []
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i in range(clean + defective):
+        shape = [(50, 70), (24, 32), (10, 45), (61, 33)][i % 4]
+        image = cv2.GaussianBlur(rng.random(shape), (0, 0), 3)
+        image = np.rint(255 * (image - image.min()) / (image.max() - image.min())).astype(np.uint8)
+        mask = np.zeros(shape, np.uint8)
+        if i >= clean:
+            mask[:6, :6], image[:6, :6] = 1 + i % 2, 250
+        images.append(image)
+        cv2.imwrite(str(folder / f"images/{i:02}.png"), image)
+        cv2.imwrite(str(folder / f"masks/{i:02}.png"), mask)
+    file = DataFile(folder, "index", classes=("Crack", "Fray"), part=r"^(\d+)", crop=(24, 32), **how)
+    return read_folder(file), images
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.6])
+def test_thresholds_and_scores_count_whole_photographs_as_prediction_does(tmp_path, share):
+    samples, images = cut_photographs(tmp_path, 8, 4)
+    assert len(samples) > len(images)
+    predictor = predictor_of(Threshold(), crop=(24, 32))
+    chosen = choose_thresholds(predictor, samples, share)
+    tuned = predictor.with_thresholds(chosen)
+    found = tuned(images)
+    assert chosen.unit == "photograph" and chosen.clean == 8 and chosen.alarms == found.defective[:8].sum() <= 8 * share
+    assert f"alarms on {chosen.alarms} of 8 clean photographs" in str(chosen)
+    evaluation = judge(tuned, samples, "all")
+    assert evaluation.images["name"].tolist() == [f"{i:02}" for i in range(12)]
+    assert evaluation.clean_alarms == [f"{i:02}" for i in np.flatnonzero(found.defective[:8])]
+    assert evaluation.images["area"].tolist() == [(mask > 0).sum() for mask in found.masks]
+    assert evaluation.confusion_pixels.to_numpy().sum() == sum(image.size for image in images)  # each pixel once
+    assert "12 photographs (all) of 12 parts, 4 of them defective" in str(evaluation)
+
+
+def test_the_scale_of_windows_is_that_of_their_photograph(tmp_path):
+    samples, images = cut_photographs(tmp_path, 4, 2, scale=2.0)
+    evaluation = judge(predictor_of(Threshold(), crop=(24, 32), scale=2.0), samples, "all")
+    assert evaluation.unit == "photograph" and len(evaluation.images) == 6
+    assert evaluation.confusion_pixels.to_numpy().sum() == sum(4 * image.size for image in images)
+
+
+def test_windows_are_counted_where_no_photograph_is_clean_or_some_are_missing(tmp_path):
+    predictor = predictor_of(Threshold(), crop=(24, 32))
+    defective = cut_photographs(tmp_path / "defective", 0, 4)[0]
+    whole = cut_photographs(tmp_path / "mixed", 4, 2)[0]
+    for samples in (defective, whole[1:]):
+        with pytest.warns(UserWarning, match="counted by window, .* windows, and each can raise an alarm"):
+            chosen = choose_thresholds(predictor, samples, 0.1)
+        assert chosen.unit == "window" and chosen.clean == samples.clean.sum()
+        evaluation = judge(predictor, samples, "all")
+        assert len(evaluation.images) == len(samples) and "counted by window" in str(evaluation)
 
 
 # ---- a run, its model, its scores ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from conftest import patch
+from dli.data.folders import WINDOW
 from dli.data import Samples, check_folder, split_samples
 from dli.data.synthetic import synthetic_tiles
 from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs, plot_predictions, predict_samples,
@@ -281,16 +282,18 @@ def test_fewer_parts_make_fewer_folds(tmp_path):
         run_samples(config(folder, fold=3))
 
 
-def test_the_range_of_deep_photographs_is_that_of_the_training_part(tmp_path):
-    folder = make(tmp_path / "own", "one class", deep=True)
+@pytest.mark.parametrize("kind", ["one class", "no clean photograph"])
+def test_the_range_of_deep_photographs_is_that_of_the_training_part(tmp_path, kind):
+    folder = make(tmp_path / "own", kind, deep=True)
     _, val = run_samples(config(folder))
-    bright = folder / "images" / f"{val.table['name'][0]}.png"
+    of = lambda table: [folder / "images" / f"{WINDOW.sub('', name)}.png" for name in table["name"]]
+    bright = of(val.table)[0]
     image = cv2.imread(str(bright), cv2.IMREAD_UNCHANGED)
     image[0, 0] = 65535
     cv2.imwrite(str(bright), image)
     c = config(folder, steps=1, out=str(tmp_path / "runs"))
     train, val = run_samples(c)
-    read = [cv2.imread(str(folder / "images" / f"{name}.png"), cv2.IMREAD_UNCHANGED) for name in train.table["name"]]
+    read = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in of(train.table)]
     assert train.levels == val.levels == (np.min(read), np.max(read)) and train.images.max() == 255
     assert val.images[0][0, 0] == 255
     run(c, progress=False)

@@ -747,6 +747,9 @@ def find_span(
     return (min(low for low, _ in limits), max(high for _, high in limits)) if limits else None
 
 # %% ../../nbs/17_folders.ipynb #18234cb2
+WINDOW = re.compile(r"_y(\d+)_x(\d+)$")  # what a window's name has behind its photograph's: its first row and column
+
+
 def windows_of(
     array: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     data: DataFile,

@@ -198,7 +198,7 @@ class ExportReport:
     megabytes: float  # of the file
 
     def __str__(self) -> str:
-        what = "photographs" if self.real else "images of noise (give samples to compare photographs)"
+        what = "real images" if self.real else "images of noise (give samples to compare photographs)"
         return (f"{self.path}: {self.megabytes:.1f} MB; against PyTorch on {self.images} {what}: probabilities differ "
                 f"by {self.difference:.1e} at most, {self.flipped} of {self.pixels} pixels have another class")
 

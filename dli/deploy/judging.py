@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.annotations import starts
 from ..data.folders import DataFile, read_data_file, read_folder
 from ..data.samples import FREE, Samples, find_marked
-from .predictor import Predictor, load, pixels_of, predict_scaled
+from .predictor import Predictor, load, pixels_of, predict_samples, unit_remarks, units_of
 from .stitching import drop_small
 from ..experiment.datasets import DATASETS, load_dataset
 from ..experiment.loader import run_samples
@@ -84,6 +85,15 @@ def samples_to_judge(
     return choose_part(load_dataset(config.dataset, config.image_size, config.threshold), notes, part)
 
 # %% ../../nbs/73_judging.ipynb #c12bd199
+def limits_of(
+    notes: ModelNotes,
+    one: Samples,  # an image
+) -> list[tuple[float, float]]:  # of each class: probability, area in pixels of the image
+    "The thresholds at the scale of an image."
+    factor = pixels_of(notes, one)
+    return [(probability, area / factor) for probability, area in map(notes.threshold, notes.classes)]
+
+# %% ../../nbs/73_judging.ipynb #e48fd825
 def find_regions(
     probabilities: np.ndarray,  # float32 (K, H, W)
     limits: Sequence[tuple[float, float]],  # of each class: probability, area in these pixels
@@ -120,15 +130,15 @@ def main_class(
 def judge_images(
     predictor: Predictor,
     samples: Samples,
+    units: list[list[int]],  # of `units_of`
+    unit: str,  # of `units_of`
 ) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:  # counts; a row per image; pixels (K + 1, K + 1): true, found
     "Predict images one by one and keep what is counted."
     number, rows, counts = len(samples.classes) + 1, [], []
     pixels = np.zeros((number, number), int)
-    factors = pixels_of(predictor.notes, samples)
-    for i, probabilities in predict_scaled(predictor, samples):
-        limits = [(p, area / factors[i]) for p, area in map(predictor.notes.threshold, samples.classes)]
-        regions, mask = find_regions(probabilities, limits)
-        one, truth = samples[i], samples.masks[i]
+    for one, probabilities in predict_samples(predictor, samples, units, unit):
+        regions, mask = find_regions(probabilities, limits_of(predictor.notes, one))
+        truth = one.masks[0]
         known = ~find_marked(truth, samples.ignore_index)
         pairs = number * truth[known].astype(int) + mask[known]
         pixels += np.bincount(pairs, minlength=number**2).reshape(pixels.shape)
@@ -209,9 +219,24 @@ def worst_images(
     return [int(i) for i in [*clean[:max(half, WORST - len(defective))], *defective][:WORST]]
 
 # %% ../../nbs/73_judging.ipynb #77a673c8
+def worst_place(
+    wrong: np.ndarray,  # bool (H, W)
+    window: tuple[int, int] | None,  # height, width; None: everything
+) -> tuple[slice, slice]:  # rows, columns
+    "The window with most wrong pixels."
+    if not window:
+        return slice(None), slice(None)
+    height, width = wrong.shape
+    places = [(slice(y, y + window[0]), slice(x, x + window[1]))
+              for y in starts(max(height, window[0]), window[0]) for x in starts(max(width, window[1]), window[1])]
+    return max(places, key=lambda place: np.count_nonzero(wrong[place]))
+
+# %% ../../nbs/73_judging.ipynb #a50ba8be
 def draw_worst(
     predictor: Predictor,
-    samples: Samples,  # the chosen images
+    samples: Samples,
+    units: list[list[int]],  # the chosen images
+    unit: str,  # of `units_of`
 ) -> list[bytes]:  # PNG files
     "Pictures of images: the regions that were found in colour, the outline of the truth in white."
     import io
@@ -221,15 +246,16 @@ def draw_worst(
     from dli.pictures import PLAIN_TEXT, draw_regions
 
     drawn = []
-    factors = pixels_of(predictor.notes, samples)
-    for i, probabilities in predict_scaled(predictor, samples):
-        limits = [(p, area / factors[i]) for p, area in map(predictor.notes.threshold, samples.classes)]
-        _, mask = find_regions(probabilities, limits)
+    for one, probabilities in predict_samples(predictor, samples, units, unit):
+        _, mask = find_regions(probabilities, limits_of(predictor.notes, one))
+        known = ~find_marked(one.masks[0], samples.ignore_index)
+        place = worst_place((mask != one.masks[0]) & known, predictor.notes.crop)
+        image, truth, mask = (array[place] for array in (one.images[0], one.masks[0], mask))
         regions = mask == np.arange(1, len(samples.classes) + 1)[:, None, None]
         with plt.rc_context(PLAIN_TEXT):
             figure, axes = plt.subplots(1, 2, figsize=(4.4, 2.2), dpi=90, layout="constrained")
-            draw_regions(axes[0], samples.images[i], samples.masks[i])
-            draw_regions(axes[1], samples.images[i], samples.masks[i], regions, samples.ignore_index)
+            draw_regions(axes[0], image, truth)
+            draw_regions(axes[1], image, truth, regions, samples.ignore_index)
             file = io.BytesIO()
             figure.savefig(file, format="png")
         plt.close(figure)
@@ -251,6 +277,7 @@ class Evaluation:
     counts: pd.DataFrame  # of `counts_table`, at the model's thresholds
     remarks: tuple[str, ...] = ()  # what one should know
     pictures: dict[str, bytes] = field(default_factory=dict)  # caption -> PNG file: the worst images
+    unit: str = "image"  # what is counted: image, photograph (put together from windows) or window
 
     @property
     def clean_alarms(self) -> list[str]:
@@ -278,12 +305,13 @@ def facts(evaluation: Evaluation) -> list[str]:
     "The verdicts in sentences."
     images, clean = evaluation.images, int((evaluation.images["true"] == FREE).sum())
     bad, named = len(images) - clean, evaluation.part
-    lines = [f"{len(images)} images ({named}) of {images['part'].nunique()} parts, {bad} of them defective"]
+    unit = evaluation.unit
+    lines = [f"{len(images)} {unit}s ({named}) of {images['part'].nunique()} parts, {bad} of them defective"]
     if bad:
-        lines.append(f"found {bad - len(evaluation.missed)} of {bad} defective images")
+        lines.append(f"found {bad - len(evaluation.missed)} of {bad} defective {unit}s")
     if clean:
         share = len(evaluation.clean_alarms) / clean
-        lines.append(f"alarms on {len(evaluation.clean_alarms)} of {clean} clean images ({share:.1%})")
+        lines.append(f"alarms on {len(evaluation.clean_alarms)} of {clean} clean {unit}s ({share:.1%})")
     macro, micro = (evaluation.scores[f"iou_{kind}"] for kind in ("macro", "micro"))
     if macro is not None:
         lines.append(f"IoU {macro:.3f} (mean of the classes), {micro:.3f} (all pixels together)")
@@ -292,24 +320,29 @@ def facts(evaluation: Evaluation) -> list[str]:
 
 def report_text(evaluation: Evaluation) -> str:
     "The report as lines of text."
-    worst = evaluation.parts.head(10)
-    return "\n".join([evaluation.model, *facts(evaluation), "", evaluation.classes.round(3).to_string(), "",
-                      "Images, true and found:", evaluation.confusion.to_string(), "",
+    units, worst = f"{evaluation.unit}s", evaluation.parts.head(10).rename(columns={"images": f"{evaluation.unit}s"})
+    classes = evaluation.classes.rename(columns={"images": units})
+    return "\n".join([evaluation.model, *facts(evaluation), "", classes.round(3).to_string(), "",
+                      f"{units.capitalize()}, true and found:", evaluation.confusion.to_string(), "",
                       f"Parts, the worst {len(worst)}:", worst.round(3).to_string()])
 
 # %% ../../nbs/73_judging.ipynb #f47eb6f7
 def report_page(evaluation: Evaluation) -> str:
     "The report as a page of HTML."
-    tables = {"Classes": evaluation.classes, "Images: true class and class found": evaluation.confusion,
+    units = f"{evaluation.unit}s"
+    named = {"images": units}
+    tables = {"Classes": evaluation.classes.rename(columns=named),
+              f"{units.capitalize()}: true class and class found": evaluation.confusion,
               "Pixels: true class and class found": evaluation.confusion_pixels,
-              "Parts, the worst first": evaluation.parts.head(50)}
+              "Parts, the worst first": evaluation.parts.head(50).rename(columns=named)}
     body = [list_html(facts(evaluation)), *(f"<h2>{title}</h2>{table_html(t)}" for title, t in tables.items())]
     if evaluation.pictures:
-        body.append("<h2>The worst images</h2><p>Left the photograph. Right what was found, in the colours of the "
-                    "classes, and the outline of the truth in white.</p>")
+        where = ", where most is wrong" if evaluation.unit == "photograph" else ""
+        body.append(f"<h2>The worst {units}</h2><p>Left the photograph{where}. Right what was found, in the colours of "
+                    "the classes, and the outline of the truth in white.</p>")
         body += [figure_html(picture, name) for name, picture in evaluation.pictures.items()]
-    for title, names in (("Clean images with an alarm", evaluation.clean_alarms),
-                         ("Defective images that were missed", evaluation.missed)):
+    for title, names in ((f"Clean {units} with an alarm", evaluation.clean_alarms),
+                         (f"Defective {units} that were missed", evaluation.missed)):
         if names:
             body.append(f"<h2>{title}</h2>{list_html(names)}")
     return page(f"Evaluation of {Path(evaluation.model).parent.name}", "\n".join(body))
@@ -319,8 +352,9 @@ def as_plain(evaluation: Evaluation) -> dict:
     "The numbers as JSON has them."
     records = lambda table, name: json.loads(table.rename_axis(name).reset_index().to_json(orient="records"))
     square = lambda table: json.loads(table.to_json(orient="index"))
-    return dict(model=evaluation.model, part=evaluation.part, facts=facts(evaluation), scores=evaluation.scores,
-                classes=records(evaluation.classes, "class"), parts=records(evaluation.parts, "part"),
+    return dict(model=evaluation.model, part=evaluation.part, unit=evaluation.unit, facts=facts(evaluation),
+                scores=evaluation.scores, classes=records(evaluation.classes, "class"),
+                parts=records(evaluation.parts, "part"),
                 confusion=square(evaluation.confusion), confusion_pixels=square(evaluation.confusion_pixels),
                 images=json.loads(evaluation.images.to_json(orient="records")),
                 clean_alarms=evaluation.clean_alarms, missed=evaluation.missed)
@@ -332,19 +366,21 @@ def make_evaluation(
     part: str,  # one of `PARTS`
 ) -> Evaluation:
     "Judge a model on samples."
-    counts, images, pixels = judge_images(predictor, samples)
+    units, unit = units_of(predictor.notes, samples)
+    counts, images, pixels = judge_images(predictor, samples, units, unit)
     found = scores(counts, samples.classes)
     found.pop("clean_alarm")  # it leaves small regions out; `clean_alarms` counts every alarm that prediction raises
     names = [FREE, *samples.classes]
     known = set(images["part"]) & set(predictor.notes.train_parts)
     remarks = [f"{len(known)} of the parts trained the model: scores promise too much"] if known else []
+    remarks += unit_remarks(samples, unit)
     worst = worst_images(counts, images, samples.classes)
     captions = [f"{images['name'][i]}: {images['true'][i]}, found {images['found'][i]}" for i in worst]
-    drawn = dict(zip(captions, draw_worst(predictor, samples[worst]) if worst else []))
+    drawn = dict(zip(captions, draw_worst(predictor, samples, [units[i] for i in worst], unit)))
     return Evaluation(str(predictor.path), part, class_table(found, images, predictor.notes), found,
                       part_table(counts, images, samples.classes), confusion(images, samples.classes),
                       pd.DataFrame(pixels, index=names, columns=names).rename_axis(index="true", columns="found"),
-                      images, counts, tuple(remarks), drawn)
+                      images, counts, tuple(remarks), drawn, unit)
 
 # %% ../../nbs/73_judging.ipynb #8e7c5cac
 def judge(

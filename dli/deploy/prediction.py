@@ -203,7 +203,7 @@ def predict_all(
                 if sheet is None:
                     results.images.append(dict(image=name, verdict="unreadable", reason=str(image)))
                 else:
-                    mask, _, defects, _ = sheet.finish(False)
+                    mask, defects = sheet.finish()
                     overlay = (image, mask, defects, predictor.classes) if overlays else None
                     writing.append(pool.submit(write_results, out, places[name], mask, overlay))
                     wait_for(writing, AHEAD)

@@ -6,6 +6,7 @@
 __all__ = ['Predictions', 'Predictor', 'load']
 
 # %% ../../nbs/71_predictor.ipynb #03df17fb
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..data.annotations import BadFile, as_bytes, read_levels
-from ..data.samples import Samples
+from ..data.annotations import BadFile, as_bytes, read_levels, starts
+from ..data.folders import WINDOW
+from ..data.samples import FREE, Samples
 from .stitching import DEFECT, Sheet
 from ..network.modelfile import ModelNotes, build_model, find_models, read_notes, save_notes
 from ..network.speed import chosen_device, faster, network_dtype
@@ -178,9 +180,9 @@ class Predictor:
         "Masks, probabilities and defects. Raises TypeError, and ValueError for a photograph that can't be read."
         given = as_list(images)
         photographs = ((i, get_photograph(image, self.notes, i)) for i, image in enumerate(given))
-        found = [sheet.finish(True) for _, sheet in predict_sheets(self, photographs, keep=True)]
-        rows = [dict(image=i) | defect for i, (*_, defects, _) in enumerate(found) for defect in defects]
-        return Predictions([mask for mask, *_ in found], [kept for *_, kept in found],
+        found = [(sheet.finish(), sheet.probabilities) for _, sheet in predict_sheets(self, photographs, keep=True)]
+        rows = [dict(image=i) | defect for i, ((_, defects), _) in enumerate(found) for defect in defects]
+        return Predictions([mask for (mask, _), _ in found], [probabilities for _, probabilities in found],
                            pd.DataFrame(rows, columns=["image", *DEFECT]), self.classes)
 
     def with_thresholds(
@@ -218,31 +220,96 @@ def load(
     dtype = chosen_dtype(notes, device)
     return Predictor(faster(build_model(found[0], "cpu"), device, dtype).eval(), notes, device, dtype, found[0])
 
-# %% ../../nbs/71_predictor.ipynb #bf222d72
-def predict_scaled(
+# %% ../../nbs/71_predictor.ipynb #f55c4234
+def group_windows(
+    notes: ModelNotes,
+    samples: Samples,  # windows of photographs
+) -> list[list[int]] | None:  # the places of each photograph's windows; None: some are missing
+    "Which windows make a photograph."
+    groups = {}
+    for i, name in enumerate(samples.table["name"]):
+        groups.setdefault(WINDOW.sub("", name), []).append(i)
+    whole = all(WINDOW.search(name) for name in samples.table["name"])
+    for own in groups.values():
+        row = samples.table.iloc[own[0]]
+        sides = [max(round(row[side] * notes.scale), 1) for side in ("height", "width")]
+        whole &= len(own) == math.prod(len(starts(max(s, c), c)) for s, c in zip(sides, notes.crop))
+    return list(groups.values()) if whole else None
+
+
+def units_of(
+    notes: ModelNotes,
+    samples: Samples,  # as the notes say: scaled, resized or cut
+) -> tuple[list[list[int]], str]:  # the samples of each; "image", "photograph" or "window"
+    "What raises one alarm: a photograph, though it was cut. Windows, if only they are clean, or if some are missing."
+    alone = [[i] for i in range(len(samples))]
+    if not notes.crop:
+        return alone, "image"
+    groups, clean = group_windows(notes, samples), samples.clean
+    if groups is None or clean.any() and not any(clean[own].all() for own in groups):
+        return alone, "window"
+    return groups, "photograph"
+
+# %% ../../nbs/71_predictor.ipynb #3789e07c
+def unit_remarks(
+    samples: Samples,
+    unit: str,  # of `units_of`
+) -> list[str]:
+    "What one should know where windows are counted."
+    if unit != "window":
+        return []
+    photographs = samples.table["name"].str.replace(WINDOW, "", regex=True).nunique()
+    return [f"counted by window, because no photograph is clean or some of its windows are missing: "
+            f"a photograph has {len(samples) / photographs:.1f} windows, and each can raise an alarm"]
+
+# %% ../../nbs/71_predictor.ipynb #f56d0fde
+def put_together(
+    notes: ModelNotes,
+    samples: Samples,
+    own: list[int],  # the windows of a photograph
+) -> Samples:  # one image: the photograph at the network's scale
+    "A photograph from its windows. Its class is the one of them that is rarest among the samples."
+    row = samples.table.iloc[own[0]]
+    shape = tuple(max(round(row[side] * notes.scale), 1) for side in ("height", "width"))
+    image, mask = np.zeros((*shape, *samples.images.shape[3:]), np.uint8), np.zeros(shape, np.uint8)
+    for i in own:
+        y, x = map(int, WINDOW.search(samples.table["name"].iloc[i]).groups())
+        for whole, windows in ((image, samples.images), (mask, samples.masks)):
+            place = whole[y:y + notes.crop[0], x:x + notes.crop[1]]
+            place[:] = windows[i][:place.shape[0], :place.shape[1]]
+    times = samples.table["class"].value_counts()
+    found = [c for c in samples.table["class"].iloc[own] if c != FREE]
+    table = samples.table.iloc[own[:1]].assign(**{"name": WINDOW.sub("", row["name"]),
+                                                  "class": min(found, key=lambda c: times[c], default=FREE)})
+    return replace(samples, images=image[None], masks=mask[None], table=table, roi=None)
+
+# %% ../../nbs/71_predictor.ipynb #3f11145d
+def predict_samples(
     predictor: Predictor,
     samples: Samples,  # as the notes say: scaled, resized or cut
-) -> Iterator[tuple[int, np.ndarray]]:  # place in the samples, probabilities float32 (K, H, W)
-    "Predict samples as they are. Raises ValueError where they are not what the network takes."
-    grey = samples.images.ndim == 3
-    if grey != (predictor.notes.channels == 1):
-        raise ValueError(f"samples: expected {'grey' if predictor.notes.channels == 1 else 'RGB'} images, "
+    units: list[list[int]],  # of `units_of`
+    unit: str,  # of `units_of`
+) -> Iterator[tuple[Samples, np.ndarray]]:  # one image, probabilities float32 (K, H, W)
+    "Predict what counts as one image. Raises ValueError where the samples are not what the network takes."
+    notes = predictor.notes
+    if (samples.images.ndim == 3) != (notes.channels == 1):
+        raise ValueError(f"samples: expected {'grey' if notes.channels == 1 else 'RGB'} images, "
                          f"got {samples.images.shape}")
     if samples.classes != predictor.classes:
         raise ValueError(f"samples: expected the classes {predictor.classes} of the model, got {samples.classes}")
-    plain = replace(predictor.notes, scale=1.0, size=None, pad=False, crop=None)
-    same = replace(predictor, notes=plain)
-    for i, sheet in predict_sheets(same, enumerate(samples.images), keep=True):
-        yield i, sheet.probabilities
+    whole = unit == "photograph"
+    ones = (put_together(notes, samples, own) if whole else samples[own] for own in units)
+    same = replace(predictor, notes=replace(notes, scale=1.0, size=None, pad=False, crop=notes.crop if whole else None))
+    for one, sheet in predict_sheets(same, ((one, one.images[0]) for one in ones), keep=True):
+        yield one, sheet.probabilities
 
 
 def pixels_of(
     notes: ModelNotes,
-    samples: Samples,  # with the size of each photograph in their table
-) -> np.ndarray:  # float64 (N,)
-    "How many pixels of the photograph stand behind a pixel of each sample."
+    one: Samples,  # an image, with the size of the photograph in its table
+) -> float:
+    "How many pixels of the photograph stand behind a pixel of the image."
     if not notes.size:
-        return np.full(len(samples), notes.scale**-2.0)
-    own = samples.table[["height", "width"]].to_numpy(float)
-    size = np.array(notes.size, float)
-    return (own / size).max(1) ** 2 if notes.pad else (own / size).prod(1)
+        return notes.scale**-2.0
+    factors = [one.table[side].iloc[0] / s for side, s in zip(("height", "width"), notes.size)]
+    return float(max(factors) ** 2 if notes.pad else math.prod(factors))

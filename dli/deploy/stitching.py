@@ -7,9 +7,12 @@ __all__ = []
 
 # %% ../../nbs/70_stitching.ipynb #b911a417
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from ..data.folders import pad_to, resize
 from ..network.modelfile import ModelNotes
@@ -90,78 +93,152 @@ def drop_small(
     return large[labels]
 
 # %% ../../nbs/70_stitching.ipynb #143614f0
-class Canvas:
-    "The mask of a photograph while it is made."
-    def __init__(
-        self,
-        shape: tuple[int, int],  # of the photograph
-        limits: Sequence[tuple[float, int]],  # of each class: probability, area
-    ):
-        self.mask, self.score = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
-        self.limits, self.claims = limits, []  # claims: place, class and probability where several classes are
-        dropping = any(area > 1 for _, area in limits)
-        self.regions = [np.zeros(shape, bool) for _ in limits] if dropping else None
+@dataclass(frozen=True)
+class Claims:
+    "The pixels of a photograph that reach the threshold of a class, in the order in which one reads."
+    place: np.ndarray  # int32 (n,): row * width + column
+    probability: np.ndarray  # float32 (n,)
+    width: int  # of the photograph, pixels
 
-    def add(self, k: int, rows: slice, columns: slice, probability: np.ndarray) -> None:
-        "Put the probability of class k (from 0), float32 (h, w), at a place where it has not been put yet."
-        above = probability >= self.limits[k][0]
-        if not above.any():
-            return
-        mask, score = self.mask[rows, columns], self.score[rows, columns]
-        if self.regions is not None:
-            self.regions[k][rows, columns] = above
-            y, x = np.nonzero(above & (mask > 0))
-            place = (y + rows.start) * self.mask.shape[1] + x + columns.start
-            self.claims += [(place, mask[y, x].astype(int) - 1, score[y, x]),
-                            (place, np.full(len(place), k), probability[y, x])]
-        better = above & (probability > score)
-        mask[better], score[better] = k + 1, probability[better]
+    def __getitem__(self, chosen: np.ndarray) -> "Claims":  # bool (n,)
+        return Claims(self.place[chosen], self.probability[chosen], self.width)
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        "The mask, uint8 (H, W), and the probability of its class at each pixel, float32 (H, W), 0 outside."
-        if self.regions is not None:
-            self.drop()
-        return self.mask, self.score
 
-    def drop(self) -> None:
-        "Drop small regions; the next class takes their pixels."
-        gone = np.zeros(self.mask.shape, bool)
-        for k, (_, area) in enumerate(self.limits):
-            left = drop_small(self.regions[k], area)
-            gone |= (self.mask == k + 1) & ~left
-            self.regions[k] = left
-        self.mask[gone], self.score[gone] = 0, 0
-        if not self.claims or not gone.any():
-            return
-        place, k, score = (np.concatenate(column) for column in zip(*self.claims))
-        good = gone.ravel()[place] & np.stack(self.regions).reshape(len(self.limits), -1)[k, place]
-        place, k, score = place[good], k[good], score[good]
-        order = np.lexsort((-k, score))  # the largest is written last; of equals the first class
-        self.mask.ravel()[place[order]], self.score.ravel()[place[order]] = k[order] + 1, score[order]
+def find_claims(
+    probability: np.ndarray,  # float32 (h, W): some rows of the photograph
+    limit: float,  # the threshold
+    top: int,  # the first of the rows
+) -> Claims:
+    "The claims within some rows."
+    above, width = probability >= limit, probability.shape[1]
+    return Claims((np.flatnonzero(above) + top * width).astype(np.int32), probability[above], width)
 
-# %% ../../nbs/70_stitching.ipynb #3baf6390
+
+def join_claims(
+    pieces: Sequence[Claims],  # at least one; of rows that follow each other
+) -> Claims:
+    "The claims of all rows."
+    return Claims(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("place", "probability")),
+                  pieces[0].width)
+
+# %% ../../nbs/70_stitching.ipynb #9ceaeb6d
+def find_regions(
+    claims: Claims,  # of a class, n of them, at least one
+) -> tuple[np.ndarray, np.ndarray]:  # int (R,): the first claim of each run, rising; int (R,): the region of each run
+    "The connected regions of a class, from 0 in the order of their first pixels; corners connect."
+    place, width = claims.place, claims.width
+    starts = np.flatnonzero((np.diff(place, prepend=-2) != 1) | (place % width == 0))
+    first, last = place[starts], place[np.append(starts[1:], len(place)) - 1]
+    # of the next row, a run touches those between the pixel left of its first and the pixel right of its last
+    begin = np.searchsorted(last, first + width - (first % width > 0))
+    end = np.searchsorted(first, last + width + (last % width < width - 1), side="right")
+    touching = np.append(0, np.cumsum(end - begin))
+    below = np.arange(touching[-1]) + np.repeat(begin - touching[:-1], end - begin)
+    graph = csr_array((np.ones(len(below), bool), below, touching), shape=(len(starts), len(starts)))
+    return starts, connected_components(graph, directed=False)[1]
+
+
+def drop_small_claims(
+    claims: Claims,
+    area: int,  # pixels
+) -> Claims:
+    "The claims without regions of fewer pixels."
+    if area <= 1 or not len(claims.place):
+        return claims
+    starts, regions = find_regions(claims)
+    lengths = np.diff(starts, append=len(claims.place))
+    large = np.bincount(regions, lengths) >= area
+    return claims[np.repeat(large[regions], lengths)]
+
+# %% ../../nbs/70_stitching.ipynb #238a22eb
+SETTLED = 2**20  # pixels that are settled at once
+
+
+def settle(
+    claims: Sequence[Claims],  # of each of K classes
+    shape: tuple[int, int],  # of the photograph
+) -> np.ndarray:  # uint8 (H, W): 0, or k for classes[k - 1]
+    "The mask: each pixel goes to the class of the largest probability, of equals to the first."
+    mask = np.zeros(shape, np.uint8)
+    pixels = mask.ravel()
+    for start in range(0, len(pixels), SETTLED):
+        part = pixels[start:start + SETTLED]
+        best = np.zeros(len(part), np.float32)
+        for k, own in enumerate(claims, 1):
+            now = slice(*np.searchsorted(own.place, (start, start + len(part))))
+            place, probability = own.place[now] - start, own.probability[now]
+            larger = probability > best[place]
+            part[place[larger]], best[place[larger]] = k, probability[larger]
+    return mask
+
+# %% ../../nbs/70_stitching.ipynb #d5eea42e
 DEFECT = ("class", "top", "left", "height", "width", "area", "score")
 
 
 def find_defects(
-    mask: np.ndarray,  # uint8 (H, W), of `Canvas`
-    score: np.ndarray,  # float32 (H, W), of the same
-    classes: Sequence[str],  # K names
+    claims: Claims,  # of the class, where the mask shows it
+    name: str,  # of the class
 ) -> list[dict]:  # `DEFECT`: the box in pixels, the area in pixels, and the largest probability
-    "The connected regions of each class."
-    found = []
-    for k in np.unique(mask[mask > 0]).tolist():
-        own = (mask == k).astype(np.uint8)
-        x, y, w, h = cv2.boundingRect(own)
-        box = own[y:y + h, x:x + w]
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(np.ascontiguousarray(box), connectivity=8)
-        best, inside = np.zeros(count, np.float32), labels > 0
-        np.maximum.at(best, labels[inside], score[y:y + h, x:x + w][inside])
-        for (left, top, width, height, area), p in zip(stats[1:].tolist(), best[1:].tolist()):
-            found.append(dict(zip(DEFECT, (classes[k - 1], top + y, left + x, height, width, area, round(p, 6)))))
-    return found
+    "The connected regions of a class."
+    if not len(claims.place):
+        return []
+    starts, regions = find_regions(claims)
+    lengths = np.diff(starts, append=len(claims.place))
+    rows, columns = np.divmod(claims.place[starts], claims.width)
+    count = regions.max() + 1
+    top, left = np.full((2, count), claims.place[-1])
+    bottom, right = np.zeros((2, count), int)
+    score = np.zeros(count, np.float32)
+    for extreme, best, value in ((np.minimum, top, rows), (np.minimum, left, columns), (np.maximum, bottom, rows + 1),
+                                 (np.maximum, right, columns + lengths),
+                                 (np.maximum, score, np.maximum.reduceat(claims.probability, starts))):
+        extreme.at(best, regions, value)
+    area = np.bincount(regions, lengths).astype(int)
+    numbers = zip(*(v.tolist() for v in (top, left, bottom - top, right - left, area)), score.tolist())
+    return [dict(zip(DEFECT, (name, *found, round(p, 6)))) for *found, p in numbers]
 
-# %% ../../nbs/70_stitching.ipynb #8cf267d2
+# %% ../../nbs/70_stitching.ipynb #ec47c53d
+class Rows:
+    "The rows of a photograph, made from rows at the network's scale as these come."
+    def __init__(
+        self,
+        inner: tuple[int, int],  # height, width at the network's scale
+        shape: tuple[int, int],  # of the photograph
+    ):
+        self.same, self.width = inner == shape, shape[1]
+        source = ((np.arange(shape[0]) + 0.5) * inner[0] / shape[0] - 0.5).clip(0, inner[0] - 1)
+        self.above = source.astype(int)  # of each row of the photograph: the row above it, and the row below it
+        self.below = np.ceil(source).astype(int)
+        self.weight = (source - self.above).astype(np.float32)[:, None]  # of the row below
+        self.seen = None  # float32 (K, h, w): the latest rows at the network's scale
+        self.first = 0  # the number of the first of them
+        self.ready = slice(0, 0)  # rows of the photograph that can be made of them, and were not before
+
+    def add(
+        self,
+        rows: np.ndarray,  # float32 (K, h, w): those that follow
+    ) -> None:
+        "Take rows at the network's scale."
+        done = self.ready.stop
+        if self.seen is not None:
+            past = min(self.above[min(done, len(self.above) - 1)] - self.first, self.seen.shape[1])
+            rows, self.first = np.concatenate([self.seen[:, past:], rows], axis=1), self.first + past
+        self.seen = rows
+        self.ready = slice(done, int(np.searchsorted(self.below, self.first + rows.shape[1])))
+
+    def make(
+        self,
+        k: int,  # class, from 0
+    ) -> np.ndarray:  # float32 (H, W)
+        "The rows of the photograph that are ready."
+        if self.same:
+            return self.seen[k][self.ready.start - self.first:]
+        wide = cv2.resize(self.seen[k], (self.width, len(self.seen[k])), interpolation=cv2.INTER_LINEAR)
+        above, below = (wide[row[self.ready] - self.first] for row in (self.above, self.below))
+        above += (below - above) * self.weight[self.ready]
+        return above.clip(0, 1, out=above)
+
+# %% ../../nbs/70_stitching.ipynb #a9f0986c
 class Sheet:
     "A photograph from its windows to its mask."
     def __init__(
@@ -174,15 +251,12 @@ class Sheet:
         self.shape, self.notes = image.shape[:2], notes
         self.window = window_of(self.image.shape[:2], notes)
         self.left = [(a, b) for a in spans(self.image.shape[0], self.window[0])
-                     for b in spans(self.image.shape[1], self.window[1])]  # windows that are not predicted yet
-        self.probabilities = self.canvas = None
-        if keep or self.inner != self.shape:
-            self.probabilities = np.zeros((len(notes.classes), *self.inner), np.float32)
-        else:
-            self.canvas = self.new_canvas()
-
-    def new_canvas(self) -> Canvas:
-        return Canvas(self.shape, [self.notes.threshold(c) for c in self.notes.classes])
+                     for b in spans(self.image.shape[1], self.window[1])]  # windows not predicted yet, in order
+        self.band = None  # float32 (K, h, w): a row of windows, while it is predicted
+        self.rows = Rows(self.inner, self.shape)
+        self.limits = [notes.threshold(c) for c in notes.classes]  # of each class: probability, area
+        self.claims = [[find_claims(np.zeros((0, self.shape[1]), np.float32), 1, 0)] for _ in notes.classes]
+        self.probabilities = np.zeros((len(notes.classes), *self.shape), np.float32) if keep else None
 
     def cut(self, place: tuple) -> np.ndarray:
         "A window, uint8 (h, w) or (h, w, 3)."
@@ -190,38 +264,32 @@ class Sheet:
         return self.image[y:y + self.window[0], x:x + self.window[1]]
 
     def put(self, place: tuple, probabilities: np.ndarray) -> None:
-        "Take from a window, float32 (K, h, w), the pixels that it is responsible for."
+        "Take from the next window, float32 (K, h, w), the pixels that it is responsible for."
         self.left.remove(place)
         (y, top, bottom), (x, first, last) = place
-        rows, columns = slice(top, min(bottom, self.inner[0])), slice(first, min(last, self.inner[1]))
-        if rows.start >= rows.stop or columns.start >= columns.stop:
-            return
-        own = probabilities[:, rows.start - y:rows.stop - y, columns.start - x:columns.stop - x]
-        if self.canvas is None:
-            self.probabilities[:, rows, columns] = own
-        else:
-            for k, probability in enumerate(own):
-                self.canvas.add(k, rows, columns, probability)
+        bottom, last = min(bottom, self.inner[0]), min(last, self.inner[1])
+        if top < bottom and first < last:
+            if first == 0:
+                self.band = np.empty((len(probabilities), bottom - top, self.inner[1]), np.float32)
+            self.band[:, :, first:last] = probabilities[:, top - y:bottom - y, first - x:last - x]
+            if last == self.inner[1]:
+                self.take(self.band)
 
-    def finish(self, keep: bool) -> tuple[np.ndarray, np.ndarray, list[dict], np.ndarray | None]:
-        "Mask, score of each pixel, defects, and the probabilities, float32 (K, H, W), if they are kept."
-        self.image, kept = None, []
-        canvas = self.canvas or self.new_canvas()
-        for k, probability in enumerate([] if self.canvas else self.probabilities):
-            if not keep and probability.max() < canvas.limits[k][0]:
-                continue  # what is enlarged has no larger value
-            whole = enlarge(probability, self.shape)
-            canvas.add(k, slice(0, self.shape[0]), slice(0, self.shape[1]), whole)
-            kept += [whole] if keep else []
-        mask, score = canvas.finish()
-        return mask, score, find_defects(mask, score, self.notes.classes), np.stack(kept) if keep else None
+    def take(self, band: np.ndarray) -> None:
+        "Keep of some rows, float32 (K, h, w) at the network's scale, what reaches the thresholds."
+        self.rows.add(band)
+        ready = self.rows.ready
+        for k, (limit, _) in enumerate(self.limits):
+            if self.probabilities is not None or self.rows.seen[k].max() >= limit:
+                made = self.rows.make(k)
+                self.claims[k].append(find_claims(made, limit, ready.start))
+                if self.probabilities is not None:
+                    self.probabilities[k, ready] = made
 
-# %% ../../nbs/70_stitching.ipynb #3806eb0d
-def enlarge(
-    probability: np.ndarray,  # float32 (h, w), at the network's scale
-    shape: tuple[int, int],  # of the photograph
-) -> np.ndarray:  # float32 (H, W)
-    "A probability at each pixel of the photograph."
-    if probability.shape == tuple(shape):
-        return probability
-    return cv2.resize(probability, tuple(shape[::-1]), interpolation=cv2.INTER_LINEAR).clip(0, 1)
+    def finish(self) -> tuple[np.ndarray, list[dict]]:  # uint8 (H, W): the mask; the defects of `find_defects`
+        "What was found, when no window is left."
+        self.image = self.band = self.rows = None
+        claims = [drop_small_claims(join_claims(self.claims.pop(0)), area) for _, area in self.limits]
+        mask = settle(claims, self.shape)
+        shown = [own[mask.ravel()[own.place] == k] for k, own in enumerate(claims, 1)]
+        return mask, [d for own, name in zip(shown, self.notes.classes) for d in find_defects(own, name)]

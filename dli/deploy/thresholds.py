@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.samples import Samples, find_marked
-from .predictor import Predictor, pixels_of, predict_scaled
+from .predictor import Predictor, pixels_of, predict_samples, unit_remarks, units_of
 
 # %% ../../nbs/72_thresholds.ipynb #21e46247
 PROBABILITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # to choose from
@@ -61,15 +61,14 @@ def measure(
     predictor: Predictor,
     samples: Samples,
 ) -> list[Measured]:  # one for each class
-    "Predict the samples and measure their regions."
+    "Predict images and measure their regions."
     rows = {name: ([], [], [(0.0, 0.0)]) for name in samples.classes}
-    factors = pixels_of(predictor.notes, samples)
-    for i, probabilities in predict_scaled(predictor, samples):
-        mask, factor = samples.masks[i], factors[i]
+    for one, probabilities in predict_samples(predictor, samples, *units_of(predictor.notes, samples)):
+        mask, factor = one.masks[0], pixels_of(predictor.notes, one)
         ignored = find_marked(mask, samples.ignore_index)
         for k, probability in enumerate(np.where(ignored, np.float32(0), probabilities), 1):
             clean, shown, tops = rows[samples.classes[k - 1]]
-            if samples.clean[i]:
+            if one.clean[0]:
                 clean.append(largest_areas(probability, PROBABILITIES) * factor)
                 top = float(probability.max())
                 tops.append((top, largest_areas(probability, (top,))[0] * factor))
@@ -143,9 +142,10 @@ class Thresholds(dict):
         clean: int,  # number of clean images
         alarms: int,  # of those with an alarm of any class
         remarks: Sequence[str] = (),  # what could not be chosen, and why
+        unit: str = "image",  # what is counted: image, photograph (put together from windows) or window
     ):
         super().__init__(limits)
-        self.table, self.clean, self.alarms, self.remarks = table, clean, alarms, tuple(remarks)
+        self.table, self.clean, self.alarms, self.remarks, self.unit = table, clean, alarms, tuple(remarks), unit
 
     @property
     def clean_alarm(self) -> float | None:
@@ -154,7 +154,7 @@ class Thresholds(dict):
 
     def __str__(self):
         share = "" if self.clean_alarm is None else f" ({self.clean_alarm:.1%})"
-        return "\n".join([self.table.to_string(), f"alarms on {self.alarms} of {self.clean} clean images{share}",
+        return "\n".join([self.table.to_string(), f"alarms on {self.alarms} of {self.clean} clean {self.unit}s{share}",
                           *self.remarks])
 
 # %% ../../nbs/72_thresholds.ipynb #03bcc822
@@ -168,6 +168,7 @@ def unseen_limit(measured: Measured) -> tuple[float, int]:
 def make_thresholds(
     measured: Sequence[Measured],  # of each class
     max_clean_alarm: float,
+    unit: str,  # of `units_of`
 ) -> Thresholds:
     "Choose thresholds by what was measured, at least one clean image among it."
     clean = len(measured[0].clean)
@@ -182,13 +183,13 @@ def make_thresholds(
             limits[m.name], own = (PROBABILITIES[best], area), m.clean[:, best] >= area
         else:
             limits[m.name] = unseen_limit(m)
-            remarks.append(f"{m.name}: no image shows it, so its threshold is the largest score of a clean image, "
+            remarks.append(f"{m.name}: no {unit} shows it, so its threshold is the largest score of a clean {unit}, "
                            f"{m.top:.3g}, but at least one half")
         alarmed |= own
         probability, area = limits[m.name]
         rows[m.name] = dict(probability=probability, area=area, shown=len(m.shown), found=found, alarms=int(own.sum()))
     return Thresholds(limits, pd.DataFrame(rows).T.astype(dict.fromkeys(("area", "shown", "found", "alarms"), int)),
-                      clean, int(alarmed.sum()), remarks)
+                      clean, int(alarmed.sum()), remarks, unit)
 
 # %% ../../nbs/72_thresholds.ipynb #c3dbdb15
 def choose_thresholds(
@@ -198,18 +199,21 @@ def choose_thresholds(
 ) -> Thresholds:  # class -> (probability, area): for `predictor.with_thresholds`
     """Thresholds that find most defective images while at most a share of the clean ones raises an alarm.
 
+    Windows are put together, and an image is then a photograph; it is a window where only windows are clean.
     What can't be chosen is said in a warning. Without a clean image the thresholds stay as they are. Areas are in
     pixels of the photograph. Raises ValueError for a share outside 0..1 and for samples that are not the model's."""
     number = isinstance(max_clean_alarm, (int, float)) and not isinstance(max_clean_alarm, bool)
     if not number or not 0 <= max_clean_alarm <= 1:
         raise ValueError(f"max_clean_alarm: expected a share in 0..1, such as 0.02, got {max_clean_alarm!r}")
+    unit = units_of(predictor.notes, samples)[1]
     if samples.clean.any():
-        found = make_thresholds(measure(predictor, samples), max_clean_alarm)
+        found = make_thresholds(measure(predictor, samples), max_clean_alarm, unit)
     else:
         limits = {c: predictor.notes.threshold(c) for c in samples.classes}
         table = pd.DataFrame(limits, index=["probability", "area"]).T.astype(dict(area=int))
-        found = Thresholds(limits, table, 0, 0, ["no image is clean, so false alarms can't be counted: "
-                                                 "the thresholds stay as they are"])
+        found = Thresholds(limits, table, 0, 0, [f"no {unit} is clean, so false alarms can't be counted: "
+                                                 "the thresholds stay as they are"], unit)
+    found.remarks += tuple(unit_remarks(samples, unit))
     for remark in found.remarks:
         warnings.warn(remark, stacklevel=2)
     return found

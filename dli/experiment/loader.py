@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..data.samples import Samples
-from ..data.folders import DataFile, Found, find_entries, find_span
+from ..data.folders import WINDOW, DataFile, Found, find_entries, find_span
 from ..data.splits import possible_folds, split_samples
 from .config import DRAWS, INJECTION, METHODS, RunConfig, check_same, known_name, settled
 from .datasets import DATASETS, ONE_CLASS_FILL, Dataset, as_size, find_dataset, load_dataset
@@ -57,9 +57,6 @@ def decoded_folder(
     return find_dataset(name, size).load(span=span)
 
 # %% ../../nbs/53_loader.ipynb #b6470d05
-WINDOW = re.compile(r"_y\d+_x\d+$")  # what a window's name has behind its photograph's
-
-
 def split_run(
     config: RunConfig,
     samples: Samples,  # all of its data set

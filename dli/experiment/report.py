@@ -8,7 +8,8 @@ __all__ = ['write_report', 'logger']
 # %% ../../nbs/59_report.ipynb #5eeb4c1f
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -137,31 +138,37 @@ def numbers_of(
     return {name: float(value) for name, value in line.items() if name != "step" and value is not None}
 
 # %% ../../nbs/59_report.ipynb #5e44aa56
-def tensorboard_logger(folder: Path) -> Callable[[dict], None]:
+@contextmanager
+def tensorboard_logger(folder: Path) -> Iterator[Callable[[dict], None]]:
     "Write event files into the run's folder."
     imported("tensorboard", "tensorboard")
-    writer = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
 
     def log(line: dict) -> None:
         for name, value in numbers_of(line).items():
             writer.add_scalar(name, value, line["step"])
         writer.flush()
-    return log
+    with import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard")) as writer:
+        yield log
 
 
-def mlflow_logger(folder: Path) -> Callable[[dict], None]:
-    "Log to the active MLflow run, or to a new one with the name of the run's folder."
+@contextmanager
+def mlflow_logger(folder: Path) -> Iterator[Callable[[dict], None]]:
+    "Log to the active MLflow run, or to a new one with the name of the run's folder, which is ended."
     mlflow = imported("mlflow", "mlflow")
-    if mlflow.active_run() is None:
-        mlflow.start_run(run_name=folder.name)
-    return lambda line: mlflow.log_metrics(numbers_of(line), step=line["step"])
+    log = lambda line: mlflow.log_metrics(numbers_of(line), step=line["step"])
+    if mlflow.active_run() is not None:
+        yield log
+        return
+    with mlflow.start_run(run_name=folder.name):
+        yield log
 
-
-def wandb_logger(folder: Path) -> Callable[[dict], None]:
+# %% ../../nbs/59_report.ipynb #2505abc5
+@contextmanager
+def wandb_logger(folder: Path) -> Iterator[Callable[[dict], None]]:
     "Log to Weights & Biases; a run that is continued there continues."
     wandb = imported("wandb", "wandb")
-    run = wandb.init(project="dli", name=folder.name, id=folder.name, resume="allow", dir=str(folder.parent))
-    return lambda line: run.log(numbers_of(line), step=line["step"])
+    with wandb.init(project="dli", name=folder.name, id=folder.name, resume="allow", dir=str(folder.parent)) as run:
+        yield lambda line: run.log(numbers_of(line), step=line["step"])
 
 # %% ../../nbs/59_report.ipynb #638c4c62
 LOGGERS = dict(tensorboard=tensorboard_logger, mlflow=mlflow_logger, wandb=wandb_logger)
@@ -170,8 +177,8 @@ LOGGERS = dict(tensorboard=tensorboard_logger, mlflow=mlflow_logger, wandb=wandb
 def logger(
     name: str,  # tensorboard, mlflow or wandb
     folder: Path | str,  # of the run
-) -> Callable[[dict], None]:  # for `run(log=)`: takes a line of the curve
-    """What writes the curve for another tool.
+) -> AbstractContextManager[Callable[[dict], None]]:  # for `run(log=)`: takes a line of the curve
+    """What writes the curve for another tool, in a `with` block, which ends the tool's own run.
 
     Raises ValueError for an unknown name, ModuleNotFoundError, with the command that installs it, without the tool."""
     if name not in LOGGERS:
