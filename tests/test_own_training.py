@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from conftest import patch
-from dli.data.folders import WINDOW
 from dli.data import Samples, check_folder, split_samples
+from dli.data.folders import WINDOW
 from dli.data.synthetic import synthetic_tiles
 from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs, plot_predictions, predict_samples,
                             resolve, run, run_folder, run_samples, runs_in)
