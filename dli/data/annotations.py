@@ -84,8 +84,8 @@ def read_levels(
             if is_deep(file):
                 levels = read_deep(path)
             else:
-                grey = file.mode in ("1", "L", "LA")
-                levels = np.asarray(file.convert("L" if grey else "RGB"))
+                mode = "L" if file.mode in ("1", "L", "LA") else "RGB"
+                levels = np.asarray(file if file.mode == mode else file.convert(mode))
     except BadFile:
         raise
     except Exception as e:
@@ -534,6 +534,8 @@ def pad_to(
 ) -> np.ndarray:
     "Fill up to a size, below and to the right."
     below, right = size[0] - array.shape[0], size[1] - array.shape[1]
+    if below == right == 0:
+        return array
     how = cv2.BORDER_REPLICATE if value is None else cv2.BORDER_CONSTANT
     return cv2.copyMakeBorder(array, 0, below, 0, right, how, value=value or 0)
 
