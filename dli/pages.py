@@ -23,8 +23,8 @@ STYLE = (":root{color-scheme:light dark}"
          "th:first-child{text-align:left}"
          "figure{display:inline-block;margin:.2rem;vertical-align:top;max-width:100%}"
          "figcaption{font-size:.8rem;max-width:20rem;overflow-wrap:anywhere}"
-         "img{max-width:100%;height:auto}.bad{color:#a00}"
-         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}}")
+         "img{max-width:100%;height:auto}.good{color:#060}.bad{color:#a00}"
+         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.good{color:#8d8}.bad{color:#f88}}")
 
 # %% ../nbs/02_pages.ipynb #b6884108
 def page(

@@ -14,7 +14,7 @@ from functools import wraps
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 
 # %% ../nbs/01_pictures.ipynb #08-figures-054
@@ -31,6 +31,13 @@ def class_color(
 ) -> str:  # a colour of matplotlib
     "The k-th colour of matplotlib's default cycle. Its first, blue, is left out: C0 is the colour of clean images."
     return f"C{k}"
+
+
+def rgb_of(
+    k: int,  # 1..K: the class
+) -> tuple[int, int, int]:  # 0..255
+    "The colour of a class, for pictures that are drawn pixel by pixel."
+    return tuple(round(255 * v) for v in to_rgb(class_color(k)))
 
 # %% ../nbs/01_pictures.ipynb #17d182a2
 def drawable(

@@ -6,7 +6,6 @@
 __all__ = ['FolderCheck', 'check_folder']
 
 # %% ../../nbs/18_check.ipynb #491f1ca4
-import base64
 import html
 import json
 import time
@@ -27,6 +26,7 @@ from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_spa
 from .samples import FREE, listed, name_classes
 from .splits import FOLDS
 from ..files import file_hash, in_order
+from ..pages import figure_html, list_html, page, table_html
 
 # %% ../../nbs/18_check.ipynb #20bbde8f
 def regions_of(
@@ -224,7 +224,7 @@ class FolderCheck:
     classes: pd.DataFrame  # a row a class: images, parts, regions, smallest and median region in pixels, lost
     problems: list[Note] = field(default_factory=list)  # training would break or learn wrong things
     notes: list[Note] = field(default_factory=list)  # good to know
-    pictures: dict[str, list[bytes]] = field(default_factory=dict, repr=False)  # class -> PNG files
+    pictures: dict[str, dict[str, bytes]] = field(default_factory=dict, repr=False)  # class -> photograph -> PNG file
     merged: pd.DataFrame | None = None  # name, part: each photograph, where copies share a part; None: none was read
     seconds: float = 0.0  # that reading all photographs took
 
@@ -303,50 +303,36 @@ def readable(
     return classes.rename(columns=names, index={FREE: "without a defect"}).rename_axis(None)
 
 # %% ../../nbs/18_check.ipynb #4f8076ec
-STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-         "body{color:#222;background:#fff}"
-         "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ccc}"
-         "th:first-child{text-align:left;white-space:nowrap}"
-         "img{margin:.2rem;image-rendering:pixelated;max-width:min(100%,29rem);max-height:14rem}"
-         ".wide{overflow-x:auto}.good{color:#060;font-weight:bold}.bad{color:#a00;font-weight:bold}"
-         "@media(prefers-color-scheme:dark){body{color:#ddd;background:#1b1b1b}.bad{color:#f88}.good{color:#8d8}}")
-
 def report_page(check: FolderCheck) -> str:
     "The report as a page of HTML."
-    escape = html.escape
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-             f"<title>Check of {escape(Path(check.root).name)}</title><style>{STYLE}</style>",
-             f"<h1>{escape(Path(check.root).name)}</h1>",
-             f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>",
-             "<ul>", *(f"<li>{escape(s)}</li>" for s in facts(check)), "</ul><div class=wide>",
-             readable(check.classes).to_html(border=0), "</div>"]
+    body = [f"<p class={'bad' if check.breaks else 'good'}>{verdict(check)}</p>", list_html(facts(check)),
+            table_html(readable(check.classes))]
     for title, found, kind in (("Problems", check.problems, "bad"), ("Good to know", check.notes, "")):
         if found:
-            items = "".join(f"<li>{escape(s)}</li>" for s in sentences(found))
-            parts.append(f"<h2 class='{kind}'>{title}</h2><ul>{items}</ul>")
+            body.append(f"<h2 class='{kind}'>{title}</h2>{list_html(sentences(found))}")
     for name, files in check.pictures.items():
-        coded = [base64.b64encode(f).decode() for f in files]
-        shown = "".join(f"<img alt='{escape(name)}' src='data:image/png;base64,{c}'>" for c in coded)
-        parts.append(f"<h2>{escape(name if name != FREE else 'Without a defect')}</h2><p>{shown}</p>")
-    return "\n".join([*parts, "</html>"])
+        body.append(f"<h2>{html.escape(name) if name != FREE else 'Without a defect'}</h2>")
+        body += [figure_html(file, photograph) for photograph, file in files.items()]
+    return page(f"Check of {Path(check.root).name}", "\n".join(body))
 
 # %% ../../nbs/18_check.ipynb #36aa3c63
 PICTURES = 4  # of each class
-COLOURS = ((255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194))  # RGB
 
 def outlined(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W)
-) -> bytes:  # a PNG file, 480 pixels wide
+) -> bytes:  # a PNG file, 440 pixels wide
     "A photograph with the outlines of its defects."
+    from dli.pictures import rgb_of
+
     picture = as_bytes(image, 3).copy()
-    factor = 480 / picture.shape[1]
-    size = (480, max(round(picture.shape[0] * factor), 1))
+    factor = 440 / picture.shape[1]
+    size = (440, max(round(picture.shape[0] * factor), 1))
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST)
     large = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
     for value in np.unique(mask[mask > 0]):
         lines, _ = cv2.findContours((large == value).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, lines, -1, COLOURS[(int(value) - 1) % len(COLOURS)], 1)
+        cv2.drawContours(picture, lines, -1, rgb_of(int(value)), 1)
     return cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
 
 # %% ../../nbs/18_check.ipynb #a45a5d1e
@@ -354,7 +340,7 @@ def take_pictures(
     rows: Sequence[dict],  # of `measure`
     pair,  # row number -> image, mask
     classes: Sequence[str],
-) -> dict[str, list[bytes]]:
+) -> dict[str, dict[str, bytes]]:  # class -> photograph -> PNG file
     "A few photographs of each class, and clean ones."
     pictures = {}
     for name in (*classes, FREE):
@@ -362,7 +348,7 @@ def take_pictures(
         which = [i for i, r in enumerate(rows) if (bare(r) if name == FREE else len(r["areas"][name]))]
         step = max(len(which) // PICTURES, 1)
         if which:
-            pictures[name] = [outlined(*pair(i)) for i in which[::step][:PICTURES]]
+            pictures[name] = {rows[i]["name"]: outlined(*pair(i)) for i in which[::step][:PICTURES]}
     return pictures
 
 # %% ../../nbs/18_check.ipynb #ad42634b

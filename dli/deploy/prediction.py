@@ -21,7 +21,7 @@ from ..data.folders import SUFFIXES, files_below, masks_beside
 from .predictor import Predictor, predict_sheets, read_photograph
 from .stitching import DEFECT
 from ..files import csv_bytes, write_whole
-from ..pictures import class_color, drawable
+from ..pictures import drawable, rgb_of
 
 # %% ../../nbs/75_prediction.ipynb #a58054ea
 def photographs_below(
@@ -65,15 +65,6 @@ def mask_names(
     bare = {name: PurePosixPath(name).with_suffix("").as_posix() for name in names}
     times = Counter(b.casefold() for b in bare.values())
     return {name: b if times[b.casefold()] == 1 else name for name, b in bare.items()}
-
-# %% ../../nbs/75_prediction.ipynb #fc45858e
-def rgb_of(
-    k: int,  # 1..K: the class
-) -> tuple[int, int, int]:  # 0..255
-    "The colour of a class, as in every picture of the library."
-    from matplotlib.colors import to_rgb
-
-    return tuple(round(255 * v) for v in to_rgb(class_color(k)))
 
 # %% ../../nbs/75_prediction.ipynb #af841760
 def write_names(
