@@ -4,6 +4,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -155,3 +156,16 @@ def test_a_table_of_parts_is_preferred(tmp_path):
     samples = read_guess(tmp_path, guess_data_file(tmp_path).text)
     assert samples.classes == TILES.classes
     assert sorted(samples.table["class"]) == sorted(TILES.table["class"])
+
+
+def test_many_small_defects_are_no_large_one(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i in range(4):
+        mask = np.zeros((1000, 1500), np.uint8)
+        mask[100:900:80, 100:1400:80] = 1
+        mask = cv2.dilate(mask, np.ones((12, 12), np.uint8))  # 170 defects, 12 pixels across
+        cv2.imwrite(str(tmp_path / f"images/{i}.png"), np.full(mask.shape, 100 + i, np.uint8))
+        cv2.imwrite(str(tmp_path / f"masks/{i}.png"), mask)
+    guess = guess_data_file(tmp_path)
+    assert "crop: the smaller defects are 12 pixels across" in "\n".join(guess.reasons)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from .annotations import (SUFFIXES, BadFile, is_lossy, part_by_pattern, peek, read_json, read_levels,
                                   read_values)
+from .check import regions_of
 from .folders import (CLEAN_NAMES, LAYOUTS, DataFile, Found, bare, class_folders, files_below, find_entries,
                               folders_in, make_data_file, read_pair)
 from .samples import same_name
@@ -272,15 +273,14 @@ def marked(found: Found) -> int:
     return sum(bool(e.files) for e in found.entries)
 
 def defect_widths(data: DataFile, found: Found) -> list[float]:
-    "The square root of the area of each mask's defect pixels, of some photographs."
+    "The square root of the area of each defect, of some photographs."
     marked, widths = [e for e in found.entries if e.files], []
     for entry in spread(marked):
         try:
             mask = read_pair(entry, data, (0, 1), [])[1]
         except BadFile:
             continue
-        regions = np.bincount(mask.ravel(), minlength=256)[1:len(data.classes) + 1]
-        widths += np.sqrt(regions[regions > 0]).tolist()
+        widths += [area**0.5 for k in range(1, len(data.classes) + 1) for area in regions_of(mask, k)]
     return widths
 
 # %% ../../nbs/19_guess.ipynb #13867e16
