@@ -233,9 +233,10 @@ def pattern_of(
     for first in range(usual):
         for last in range(first, usual):
             pattern = piece(first, last)
-            groups = len({part_by_pattern(n, pattern) or n for n in names})
-            if varies[first] and varies[last] and most < groups <= 0.8 * len(names):
-                best, most = pattern, groups
+            groups = Counter(part_by_pattern(n, pattern) or n for n in names)
+            fine = most < len(groups) <= 0.8 * len(names) and max(groups.values()) <= 0.5 * len(names)
+            if varies[first] and varies[last] and fine:
+                best, most = pattern, len(groups)
         if best:
             break  # names begin with the part, and end with what differs between its photographs
     if best and not all(part_by_pattern(n, best) for n in names):
@@ -401,8 +402,9 @@ def guess_data_file(
     tries = [t for t in (tried(folder, c) for c in complete) if t and marked(t[2])]
     if not tries:
         kinds = "masks, COCO, LabelMe or YOLO files, or folders of classes"
-        raise ValueError(f"{folder}: {len(places.photographs)} folders of photographs were found, but no "
-                         f"annotation that belongs to them: expected {kinds}. Write a parts.yaml by hand")
+        count = len(places.photographs)
+        seen = f"photographs were found in {count} folder{'s' * (count > 1)}" if count else "no photograph was found"
+        raise ValueError(f"{folder}: {seen}, but no annotation that belongs to them: expected {kinds}. Write a parts.yaml by hand")
     ranked = sorted(tries, key=lambda t: (len(t[2].problems) - marked(t[2]), PREFERRED.index(t[0]["layout"])))
     return describe(folder, *ranked[0], ranked[1:])
 
