@@ -222,6 +222,7 @@ def piece(
     inside = "[_. -]".join([one] * (last - first + 1))
     return f"^(?:.*/)?{before}({inside})(?:[_. -][^/]*)?$"
 
+# %% ../../nbs/19_guess.ipynb #87d69420
 def pattern_of(
     names: Sequence[str],  # of photographs
 ) -> str | None:
@@ -404,7 +405,8 @@ def guess_data_file(
         kinds = "masks, COCO, LabelMe or YOLO files, or folders of classes"
         count = len(places.photographs)
         seen = f"photographs were found in {count} folder{'s' * (count > 1)}" if count else "no photograph was found"
-        raise ValueError(f"{folder}: {seen}, but no annotation that belongs to them: expected {kinds}. Write a parts.yaml by hand")
+        raise ValueError(f"{folder}: {seen}, but no annotation that belongs to them: expected {kinds}. "
+                         "Write a parts.yaml by hand")
     ranked = sorted(tries, key=lambda t: (len(t[2].problems) - marked(t[2]), PREFERRED.index(t[0]["layout"])))
     return describe(folder, *ranked[0], ranked[1:])
 
