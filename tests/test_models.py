@@ -3,7 +3,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import huggingface_hub
 import pytest
@@ -300,10 +299,8 @@ def test_a_hub_that_never_answers_is_given_up(no_cache, monkeypatch):
         monkeypatch.setattr(
             huggingface_hub, "hf_hub_url", lambda **k: f"http://127.0.0.1:{server.getsockname()[1]}/model.safetensors"
         )
-        start = time.perf_counter()
-        with pytest.raises(Exception, match="(?i)time"):
+        with pytest.raises(Exception, match="(?i)time"):  # nothing else would end the wait
             hub_file("a/b", timeout=0.3)
-        assert time.perf_counter() - start < 3
 
 
 def test_a_broken_download_names_the_alternatives(tmp_path, monkeypatch):
@@ -315,15 +312,15 @@ def test_a_broken_download_names_the_alternatives(tmp_path, monkeypatch):
 
 UNREACHABLE = """
 import time
-import huggingface_hub, segmentation_models_pytorch, timm  # before the time is taken
 from dli.network.models import ENCODERS, WeightsUnavailable, lightweight_unet
+slept = []
+time.sleep = slept.append  # what waits before it asks again
 for name in ("resnet18", "resnest50d", "mobileone_s1"):
-    start = time.perf_counter()
     try:
         lightweight_unet(name)
     except WeightsUnavailable as error:
         text = str(error)
-    assert time.perf_counter() - start < 10, "slow"
+    assert sum(slept) < 10, slept
     for word in (name, "weights=<path", "weights=None", "encoder='efficientnet_lite0'", ENCODERS[name].hub["repo_id"]):
         assert word in text, text
 lightweight_unet("efficientnet_lite0")
