@@ -98,7 +98,7 @@ def test_each_class_has_its_own_threshold(exported):
 def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
     folder, report = exported
     assert report.images == 6 and report.pixels == 6 * 64 * 64 + 61 * 59 and report.real
-    assert "6 photographs" in str(report) and f"of {report.pixels} pixels" in str(report)
+    assert "6 real images" in str(report) and f"of {report.pixels} pixels" in str(report)
     held = onnxruntime.InferenceSession(report.path).get_modelmeta().custom_metadata_map
     notes = json.loads(held["dli"])
     assert notes["classes"] == ["A", "B", "C"] and notes["thresholds"]["C"] == [0.7, 25] and notes["size"] == [48, 72]
