@@ -296,8 +296,12 @@ def test_the_range_of_deep_photographs_is_that_of_the_training_part(tmp_path, ki
     read = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in of(train.table)]
     assert train.levels == val.levels == (np.min(read), np.max(read)) and train.images.max() == 255
     assert val.images[0][0, 0] == 255
-    run(c, progress=False)
+    row = run(c, progress=False)
     assert read_notes(run_folder(resolve(c)) / "model.safetensors").levels == train.levels
+    cut = kind == "no clean photograph"
+    text = run_report(run_folder(resolve(c)))
+    assert f"scored on {row['val_images']} {'windows' if cut else 'images'} of" in text
+    assert f"share of clean {'windows' if cut else 'images'} with an alarm" in text
 
 
 def test_other_samples_than_the_configs_do_not_train(folders):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..data.folders import WINDOW
 from ..data.samples import FREE
 from .store import read_counts, read_run
 from ..files import write_whole
@@ -67,11 +68,12 @@ PICTURES = {"curve.png": "Training loss and validation IoU over the steps",
 
 def facts_text(
     row: dict,
+    images: str,  # what they are: images, or windows of photographs
 ) -> str:
     "What was trained, on what, and how long that took."
     minutes = row["seconds_total"] / 60
-    return (f"{row['method']} on {row['dataset']}: {row['steps']} steps on {row['train_images']} images of "
-            f"{row['train_tiles']} parts, scored on {row['val_images']} images of {row['val_tiles']} other parts "
+    return (f"{row['method']} on {row['dataset']}: {row['steps']} steps on {row['train_images']} {images} of "
+            f"{row['train_tiles']} parts, scored on {row['val_images']} {images} of {row['val_tiles']} other parts "
             f"(fold {row['fold']} of partition {row['partition']}). It took {minutes:.1f} minutes on {row['device']}.")
 
 # %% ../../nbs/59_report.ipynb #adc0d798
@@ -97,8 +99,11 @@ def run_report(
     "The report of a run as a page. Raises ValueError where the run is not whole."
     folder = Path(folder)
     row = read_run(folder)
-    parts, injected = part_rows(read_counts(row)), injected_rows(row)
-    body = [f"<p>{html.escape(facts_text(row))}</p>", "<h2>Scores</h2>", table_html(score_rows(row))]
+    counts, injected = read_counts(row), injected_rows(row)
+    images = "windows" if all(map(WINDOW.search, counts["name"])) else "images"
+    parts = part_rows(counts).rename(columns=dict(images=images))
+    scores = score_rows(row).rename(index={text: text.replace("images", images) for text in MEANINGS.values()})
+    body = [f"<p>{html.escape(facts_text(row, images))}</p>", "<h2>Scores</h2>", table_html(scores)]
     for name, text in PICTURES.items():
         if (folder / name).is_file():
             body.append(figure_html((folder / name).read_bytes(), text))
