@@ -514,7 +514,8 @@ def known(
 def threshold(
     run: Run,
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="other data than those of the run")] = None,
-    max_clean_alarm: Annotated[float, typer.Option(min=0, max=1, help="share of clean photographs that may alarm")] = 0.02,
+    max_clean_alarm: Annotated[float, typer.Option(min=0, max=1, help="share of clean photographs that may raise an "
+                                                   "alarm")] = 0.02,
     quiet: Quiet = False,
 ):
     """Choose when a defect is one, and store it in the model.

@@ -23,6 +23,7 @@ from dli.experiment import (RunConfig, find_dataset, fit, load_model, load_runs,
 from dli.experiment.config import run_key
 from dli.experiment.datasets import data_name, grey_levels
 from dli.experiment.loader import as_batch, batches, run_injection
+from dli.experiment.report import run_report
 from dli.experiment.state import advance
 from dli.experiment.steps import torch_dtype
 from dli.network.modelfile import read_notes

@@ -19,7 +19,7 @@ import torch
 from ..data.annotations import starts
 from ..data.folders import DataFile, read_data_file, read_folder
 from ..data.samples import FREE, Samples, find_marked
-from .predictor import Predictor, load, pixels_of, predict_samples, unit_remarks, units_of
+from .predictor import Predictor, load, pixels_of, predict_units, unit_remarks, units_of
 from .stitching import drop_small
 from ..experiment.datasets import DATASETS, load_dataset
 from ..experiment.loader import run_samples
@@ -136,7 +136,7 @@ def judge_images(
     "Predict images one by one and keep what is counted."
     number, rows, counts = len(samples.classes) + 1, [], []
     pixels = np.zeros((number, number), int)
-    for one, probabilities in predict_samples(predictor, samples, units, unit):
+    for one, probabilities in predict_units(predictor, samples, units, unit):
         regions, mask = find_regions(probabilities, limits_of(predictor.notes, one))
         truth = one.masks[0]
         known = ~find_marked(truth, samples.ignore_index)
@@ -246,7 +246,7 @@ def draw_worst(
     from dli.pictures import PLAIN_TEXT, draw_regions
 
     drawn = []
-    for one, probabilities in predict_samples(predictor, samples, units, unit):
+    for one, probabilities in predict_units(predictor, samples, units, unit):
         _, mask = find_regions(probabilities, limits_of(predictor.notes, one))
         known = ~find_marked(one.masks[0], samples.ignore_index)
         place = worst_place((mask != one.masks[0]) & known, predictor.notes.crop)

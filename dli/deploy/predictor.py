@@ -284,7 +284,7 @@ def put_together(
     return replace(samples, images=image[None], masks=mask[None], table=table, roi=None)
 
 # %% ../../nbs/71_predictor.ipynb #3f11145d
-def predict_samples(
+def predict_units(
     predictor: Predictor,
     samples: Samples,  # as the notes say: scaled, resized or cut
     units: list[list[int]],  # of `units_of`

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.samples import Samples, find_marked
-from .predictor import Predictor, pixels_of, predict_samples, unit_remarks, units_of
+from .predictor import Predictor, pixels_of, predict_units, unit_remarks, units_of
 
 # %% ../../nbs/72_thresholds.ipynb #21e46247
 PROBABILITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # to choose from
@@ -63,7 +63,7 @@ def measure(
 ) -> list[Measured]:  # one for each class
     "Predict images and measure their regions."
     rows = {name: ([], [], [(0.0, 0.0)]) for name in samples.classes}
-    for one, probabilities in predict_samples(predictor, samples, *units_of(predictor.notes, samples)):
+    for one, probabilities in predict_units(predictor, samples, *units_of(predictor.notes, samples)):
         mask, factor = one.masks[0], pixels_of(predictor.notes, one)
         ignored = find_marked(mask, samples.ignore_index)
         for k, probability in enumerate(np.where(ignored, np.float32(0), probabilities), 1):
