@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 from dli.data import find_magnetic_tiles, split_samples, synthetic_tiles
-from dli.deploy import export, export_onnx
+from dli.deploy import export, export_onnx, load
+from dli.deploy.stitching import drop_small
 from dli.experiment import load_dataset
 from dli.network import ENCODERS, ModelNotes, build_model, lightweight_unet, save_model, save_weights
 
@@ -93,6 +95,24 @@ def test_each_class_has_its_own_threshold(exported):
     assert (masks != same_for_all).any(), "the thresholds of the notes make no difference here"
 
 
+def test_the_usage_in_words_gives_the_masks_of_prediction(exported):
+    folder, report = exported
+    predictor, rng = load(folder, "cpu"), np.random.default_rng(2)
+    predictor = predictor.with_thresholds(dict(A=(0.5, 40), B=(0.5, 5), C=(0.6, 90)))
+    dropped = 0
+    for _ in range(6):
+        photograph = cv2.GaussianBlur(rng.integers(0, 256, (100, 150, 3)).astype(np.uint8), (0, 0), 2)
+        small = cv2.resize(photograph, (72, 48), interpolation=cv2.INTER_AREA)
+        probabilities = outputs(report.path, small[None].transpose(0, 3, 1, 2))[0][0]
+        whole = [cv2.resize(p, (150, 100), interpolation=cv2.INTER_LINEAR) for p in probabilities]
+        limits = [predictor.notes.threshold(name) for name in "ABC"]
+        regions = np.stack([drop_small(p >= limit, area) for p, (limit, area) in zip(whole, limits)])
+        mask = np.where(regions.any(0), np.where(regions, whole, -1).argmax(0) + 1, 0)
+        assert (mask != predictor(photograph).masks[0]).sum() <= 3  # at a threshold the last digit decides
+        dropped += sum(int((p >= limit).sum()) for p, (limit, _) in zip(whole, limits)) - int(regions.sum())
+    assert dropped > 50, "no region is small here"
+
+
 # ---- what is in the file ---------------------------------------------------------------------------------------------
 
 def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
@@ -102,7 +122,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(exported):
     held = onnxruntime.InferenceSession(report.path).get_modelmeta().custom_metadata_map
     notes = json.loads(held["dli"])
     assert notes["classes"] == ["A", "B", "C"] and notes["thresholds"]["C"] == [0.7, 25] and notes["size"] == [48, 72]
-    assert "48 rows and 72 columns" in held["usage"] and "C 25" in held["usage"]
+    assert "48 rows and 72 columns" in held["usage"] and "C from 0.7, 25 pixels" in held["usage"]
     content = report.path.read_bytes()
     assert b"site-packages" not in content and str(Path(export.__file__).parent).encode() not in content
 
@@ -112,7 +132,7 @@ def test_usage_says_what_the_notes_say():
     words = export.usage(notes)
     for part in ("grey levels", "(level - 16) / (4095 - 16)", "factor 0.5", "256 rows and 128 columns", "no defect"):
         assert part in words
-    assert "Leave out regions" not in words
+    assert "leave out the small ones" not in words
 
 
 def test_the_program_of_the_notebook_runs_without_dli(exported):

@@ -131,11 +131,19 @@ def usage(notes: ModelNotes) -> str:
     says += [f"Input images: uint8 (n, {notes.channels}, height, width). Output probabilities: float32 (n, "
              f"{len(notes.classes)}, height, width); mask: uint8 (n, height, width), 0 for no defect, k for the "
              "k-th class. Normalisation and the thresholds of probability are inside."]
-    areas = {name: notes.threshold(name)[1] for name in notes.classes if notes.threshold(name)[1] > 1}
-    if areas:
-        says += ["Leave out regions smaller than this many pixels of the photograph: "
-                 + ", ".join(f"{name} {area}" for name, area in areas.items()) + "."]
-    return " ".join(says)
+    return " ".join([*says, *area_usage(notes)])
+
+
+def area_usage(notes: ModelNotes) -> list[str]:
+    "How small regions are left out; nothing where every region counts."
+    limits = {name: notes.threshold(name) for name in notes.classes}
+    if all(area <= 1 for _, area in limits.values()):
+        return []
+    named = ", ".join(f"{name} from {p:g}, {area} pixels" for name, (p, area) in limits.items())
+    return ["The mask holds regions of any size. To leave out the small ones, start from the probabilities, because in "
+            "the mask a small region hides what is under it: bring them to the photograph's size (linearly); of each "
+            "class take the pixels from its threshold on, without connected regions (corners connect) of fewer pixels "
+            f"of the photograph ({named}); give each pixel to the most probable class that is left."]
 
 # %% ../../nbs/74_export.ipynb #3b19eeef
 TOLERANCE = 1e-3  # largest difference in probability; it is about 1e-6
