@@ -35,7 +35,8 @@ def wrong_use():
         raise WrongUse(str(error)) from error
 
 # %% ../nbs/80_cli.ipynb #7f8ac612
-STOPPED = "stopped; what is finished stays, and the same command continues"
+STOPPED = "stopped; what is finished stays"
+CONTINUED = ("train", "study")  # commands that do not repeat what is finished
 
 
 def code_of(
@@ -48,6 +49,18 @@ def code_of(
         return 2
     expected = (ValueError, OSError, RuntimeError, FloatingPointError, MemoryError)
     return 1 if isinstance(error, expected) and not isinstance(error, NotImplementedError) else None
+
+# %% ../nbs/80_cli.ipynb #c9c71eeb
+def sentence(
+    error: BaseException,
+    name: str | None,  # of the command
+) -> str:
+    "What is said of an error."
+    if isinstance(error, KeyboardInterrupt):
+        return f"{STOPPED}, and the same command continues" if name in CONTINUED else STOPPED
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def give_up_output() -> None:
@@ -88,8 +101,7 @@ class Commands(TyperGroup):
             code = code_of(error)
             if code is None:
                 raise
-            text = STOPPED if code == 130 else error
-            print(f"dli {ctx.invoked_subcommand or ''}: {text}", file=sys.stderr)
+            print(f"dli {ctx.invoked_subcommand or ''}: {sentence(error, ctx.invoked_subcommand)}", file=sys.stderr)
             raise typer.Exit(code) from None
 
 # %% ../nbs/80_cli.ipynb #2a626428
@@ -414,8 +426,8 @@ def train_one(
 ) -> dict:  # the row
     "Train a run, or read its row where it is finished; write its report."
     from dli.experiment.config import resolve
-    from dli.experiment.report import logger, write_report
-    from dli.experiment.store import run_folder
+    from dli.experiment.report import images_word, logger, write_report
+    from dli.experiment.store import read_counts, read_run, run_folder
     from dli.experiment.training import run
 
     config = resolve(config, device)
@@ -427,7 +439,8 @@ def train_one(
         row = run(config, progress=not quiet, device=device, log=write)
     page = write_report(folder)
     iou = "not defined" if row["iou_macro"] is None else f"{row['iou_macro']:.3f}"
-    say(f"fold {config.fold}: iou_macro {iou} on {row['val_images']} validation images; {page}", quiet)
+    images = images_word(read_counts(read_run(folder)))
+    say(f"fold {config.fold}: iou_macro {iou} on {row['val_images']} validation {images}; {page}", quiet)
     return row
 
 # %% ../nbs/80_cli.ipynb #2f5c1918
@@ -447,9 +460,11 @@ def train(
 
     Each run leaves a model, its scores and a report page in a folder of its own."""
     from dli.experiment.report import LOGGERS
+    from dli.network.speed import chosen_device
 
     with wrong_use():
         known("log", log, (None, *LOGGERS))
+        chosen_device(device)
     for config in train_configs(data, out, folds, ctx.obj):
         train_one(config, log, device, quiet)
 
@@ -544,13 +559,29 @@ def predict(
     Writes an index mask for each, defects.csv and images.csv with the verdicts. A broken file is named, and the rest
     goes on; the exit code is then 1."""
     from dli.deploy import load, predict_files
+    from dli.network.speed import chosen_device
 
+    with wrong_use():
+        chosen_device(device)
     images = predict_files(load(run, device), paths, out, overlays, progress=not quiet and sys.stderr.isatty())
     verdicts = images["verdict"].value_counts()
+    name_broken(images["reason"][images["verdict"] == "unreadable"].tolist())
     say(", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()) + f"; see {out}", quiet)
     raise typer.Exit(1 if "unreadable" in verdicts else 0)
 
 # %% ../nbs/80_cli.ipynb #a7e6f5d4
+NAMED = 20  # broken files that are named; images.csv has all
+
+
+def name_broken(
+    reasons: list[str],  # what is wrong, a sentence for each file
+) -> None:
+    "Print why files can't be read."
+    more = [f"and {len(reasons) - NAMED} more, which images.csv names"] if len(reasons) > NAMED else []
+    for line in [*reasons[:NAMED], *more]:
+        print(line, file=sys.stderr)
+
+
 @command("export runs model.onnx")
 def export(
     run: Run,

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/00_files.ipynb #65a0c000
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -88,6 +89,11 @@ def read_table(
     return table
 
 # %% ../nbs/00_files.ipynb #06-training-091
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
+ADVICE = (dict.fromkeys(FULL, "make room, then do the same again to continue")
+          | dict.fromkeys(FORBIDDEN, "choose another place, or ask for the right to write there"))
+
+
 def write_whole(
     path: Path,  # what to write
     content: bytes,  # all of it
@@ -101,8 +107,8 @@ def write_whole(
             os.fsync(file.fileno())
     except OSError as e:
         temporary.unlink(missing_ok=True)
-        advice = "what was there before is untouched; make room, then call run again to continue"
-        raise OSError(e.errno, f"{e.strerror}: {advice}", str(path)) from e
+        advice = ADVICE.get(e.errno, "choose another place")
+        raise OSError(e.errno, f"{e.strerror}: what was there before is untouched; {advice}", str(path)) from e
     os.replace(temporary, path)
 
 # %% ../nbs/00_files.ipynb #06-training-139

@@ -336,8 +336,12 @@ def test_deep_photographs_are_scaled_as_in_training(tmp_path):
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     predictor = predictor_of(Threshold(), levels=(0, 4095))
     shallow = np.rint(deep / 4095 * 255).astype(np.uint8)
-    same = [predictor(x).probabilities[0] for x in (deep, tmp_path / "deep.png", shallow)]
-    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
+    expected = predictor_of(Threshold())(shallow).probabilities[0]
+    for given in (deep, tmp_path / "deep.png", deep.astype(np.float32)):
+        assert np.array_equal(predictor(given).probabilities[0], expected)
+    for wrong, said in ((shallow, "holds uint8"), (deep.astype(np.float32) + 5000, "holds grey levels 5000..9095")):
+        with pytest.raises(ValueError, match=f"image 0: {said}, the model was trained on photographs of more than"):
+            predictor(wrong)
     with pytest.raises(ValueError, match="image 0: holds uint16, the model was trained on photographs of eight bits"):
         predictor_of(Threshold())(deep)
 
@@ -419,6 +423,22 @@ def test_a_folder_is_predicted_though_files_are_broken(folder, tmp_path):
     assert read_table(out / "images.csv", text=("image", "reason")).equals(table)
     verdict = dict(zip(table["image"], table["verdict"]))
     assert all(verdict[row["image"]] == "defect" for row in rows)
+
+
+def test_tables_keep_what_earlier_calls_wrote_of_other_photographs(folder, tmp_path):
+    predictor, out = predictor_of(Threshold()), tmp_path / "out"
+    predict_files(predictor, folder, out, progress=False)
+    before = {name: read_table(out / name, text=("image", "reason", "class")) for name in ("images.csv", "defects.csv")}
+    one = predict_files(predictor, folder / "b" / "1.png", out, progress=False)
+    assert one["image"].tolist() == ["1.png"]
+    for name, table in before.items():
+        after = read_table(out / name, text=("image", "reason", "class"))
+        assert after[after["image"] != "1.png"].equals(table) and (after["image"] == "1.png").any()
+    predict_files(predictor, folder, out, progress=False)
+    images = read_table(out / "images.csv", text=("image", "reason"))
+    assert sorted(images["image"]) == sorted([*before["images.csv"]["image"], "1.png"])
+    finished = {p.relative_to(out / "masks").with_suffix("").as_posix() for p in (out / "masks").rglob("*.png")}
+    assert {Path(n).with_suffix("").as_posix() for n in images["image"][images["verdict"] != "unreadable"]} == finished
 
 
 def test_results_within_the_folder_are_no_photographs(folder):

@@ -499,7 +499,7 @@ def test_a_full_disk_is_named_and_the_run_continues(writes, tmp_path, unstopped)
         return open(path if len(opened) <= writes else "/dev/full", mode)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(files, "open", limited, raising=False)
-        with pytest.raises(OSError, match=r"No space left on device.*make room, then call run again.*") as error:
+        with pytest.raises(OSError, match=r"No space left on device.*make room, then do the same again.*") as error:
             run(c, progress=False)
     assert error.value.errno == 28 and not list(run_folder(c).glob("*.part"))
     assert not (run_folder(c) / "row.json").exists()

@@ -133,7 +133,7 @@ def usage(notes: ModelNotes) -> str:
              "k-th class. Normalisation and the thresholds of probability are inside."]
     return " ".join([*says, *area_usage(notes)])
 
-
+# %% ../../nbs/74_export.ipynb #a8852777
 def area_usage(notes: ModelNotes) -> list[str]:
     "How small regions are left out; nothing where every region counts."
     limits = {name: notes.threshold(name) for name in notes.classes}

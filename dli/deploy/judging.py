@@ -314,7 +314,8 @@ def facts(evaluation: Evaluation) -> list[str]:
         lines.append(f"alarms on {len(evaluation.clean_alarms)} of {clean} clean {unit}s ({share:.1%})")
     macro, micro = (evaluation.scores[f"iou_{kind}"] for kind in ("macro", "micro"))
     if macro is not None:
-        lines.append(f"IoU {macro:.3f} (mean of the classes), {micro:.3f} (all pixels together)")
+        each = "; a pixel counts for each class whose threshold it reaches" if len(evaluation.classes) > 1 else ""
+        lines.append(f"IoU {macro:.3f} (mean of the classes), {micro:.3f} (all pixels together){each}")
     return [*lines, *evaluation.remarks]
 
 

@@ -20,7 +20,7 @@ from ..data.annotations import BadFile, as_bytes
 from ..data.folders import SUFFIXES, files_below, masks_beside
 from .predictor import Predictor, predict_sheets, read_photograph
 from .stitching import DEFECT
-from ..files import csv_bytes, write_whole
+from ..files import csv_bytes, read_table, write_whole
 from ..pictures import drawable, rgb_of
 
 # %% ../../nbs/75_prediction.ipynb #a58054ea
@@ -165,18 +165,27 @@ def result_row(
     return dict(image=name, verdict="defect" if defects else "ok", reason=", ".join(c for c in classes if c in shown))
 
 # %% ../../nbs/75_prediction.ipynb #ce69deda
+TABLES = {"images.csv": ["image", "verdict", "reason"], "defects.csv": ["image", *DEFECT]}
+
+
 class Results:
     "The rows of the tables while photographs are predicted."
     def __init__(self):
         self.images, self.defects = [], []
 
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.images, columns=["image", "verdict", "reason"])
+        return pd.DataFrame(self.images, columns=TABLES["images.csv"])
 
     def write(self, out: Path) -> None:
-        "Write both tables."
-        write_whole(out / "images.csv", csv_bytes(self.table()))
-        write_whole(out / "defects.csv", csv_bytes(pd.DataFrame(self.defects, columns=["image", *DEFECT])))
+        "Write both tables. What an earlier call wrote of other photographs stays, as their masks do."
+        names = {row["image"] for row in self.images}
+        for file, rows in (("images.csv", self.images), ("defects.csv", self.defects)):
+            table = pd.DataFrame(rows, columns=TABLES[file])
+            if (out / file).is_file():
+                before = read_table(out / file, text=("image", "reason", "class"))
+                if list(before) == TABLES[file] and not (kept := before[~before["image"].isin(names)]).empty:
+                    table = pd.concat([kept, table], ignore_index=True) if rows else kept
+            write_whole(out / file, csv_bytes(table))
 
 # %% ../../nbs/75_prediction.ipynb #eb89f507
 def predict_all(
@@ -215,8 +224,9 @@ def predict_files(
     """Predict photographs; write `masks/<name>.png`, `images.csv`, `defects.csv` and, on wish, `overlays/<name>.jpg`.
 
     A pixel of a mask is 0, or the number of a class. A photograph that can't be read is named in the table. When the
-    call is stopped, what is finished stays, and the tables list it. Raises FileNotFoundError for a path that does not
-    exist, ValueError for two photographs of the same name or a folder without any, and OSError."""
+    call is stopped, what is finished stays, and the tables list it. They keep what earlier calls wrote of others.
+    Raises FileNotFoundError for a path that does not exist, ValueError for two photographs of the same name or a folder
+    without any, and OSError."""
     out = Path(out).expanduser()
     files, results = list_photographs(paths, out), Results()
     out.mkdir(parents=True, exist_ok=True)

@@ -25,15 +25,32 @@ from ..network.modelfile import ModelNotes, build_model, find_models, read_notes
 from ..network.speed import chosen_device, faster, network_dtype
 
 # %% ../../nbs/71_predictor.ipynb #a84e46ea
+def check_depth(
+    levels: np.ndarray,
+    notes: ModelNotes,
+    name: str,  # for the error
+) -> None:
+    "Raise BadFile for levels of another kind than those of training."
+    if notes.levels is None:
+        if levels.dtype != np.uint8:
+            raise BadFile(f"{name}: holds {levels.dtype}, the model was trained on photographs of eight bits: "
+                          "expected uint8, grey levels 0..255")
+        return
+    low, high = notes.levels
+    known = f"the model was trained on photographs of more than eight bits, with grey levels {low:g}..{high:g}"
+    if levels.dtype == np.uint8 or levels.dtype.kind not in "uif":
+        raise BadFile(f"{name}: holds {levels.dtype}, {known}: expected uint16 or floating point")
+    if levels.size and low < high and (levels.max() <= low or levels.min() >= high):
+        raise BadFile(f"{name}: holds grey levels {levels.min():g}..{levels.max():g}, {known}: expected some of these")
+
+# %% ../../nbs/71_predictor.ipynb #ebac5bd9
 def as_photograph(
     levels: np.ndarray,  # (H, W) or (H, W, 3), of any number of bits
     notes: ModelNotes,
     name: str,  # for the error
 ) -> np.ndarray:  # uint8 (H, W), or (H, W, 3)
     "A photograph as training saw it. Raises BadFile where its levels are not those that training knew."
-    if levels.dtype != np.uint8 and (levels.dtype.kind not in "uif" or notes.levels is None):
-        raise BadFile(f"{name}: holds {levels.dtype}, the model was trained on photographs of eight bits: "
-                      "expected uint8, grey levels 0..255")
+    check_depth(levels, notes, name)
     if levels.ndim == 3 and levels.shape[2] == 1:
         levels = levels[:, :, 0]
     if levels.ndim not in (2, 3) or levels.shape[2:] not in ((), (3,)) or not levels.size:

@@ -66,9 +66,16 @@ PICTURES = {"curve.png": "Training loss and validation IoU over the steps",
             "predictions.png": "Validation images: the truth above, the prediction below"}
 
 
+def images_word(
+    counts: pd.DataFrame,  # of `counts_table`
+) -> str:
+    "What the images are: images, or windows of photographs."
+    return "windows" if all(map(WINDOW.search, counts["name"])) else "images"
+
+
 def facts_text(
     row: dict,
-    images: str,  # what they are: images, or windows of photographs
+    images: str,  # of `images_word`
 ) -> str:
     "What was trained, on what, and how long that took."
     minutes = row["seconds_total"] / 60
@@ -100,7 +107,7 @@ def run_report(
     folder = Path(folder)
     row = read_run(folder)
     counts, injected = read_counts(row), injected_rows(row)
-    images = "windows" if all(map(WINDOW.search, counts["name"])) else "images"
+    images = images_word(counts)
     parts = part_rows(counts).rename(columns=dict(images=images))
     scores = score_rows(row).rename(index={text: text.replace("images", images) for text in MEANINGS.values()})
     body = [f"<p>{html.escape(facts_text(row, images))}</p>", "<h2>Scores</h2>", table_html(scores)]

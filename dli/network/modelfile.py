@@ -242,5 +242,6 @@ def find_models(
     own = path / "model.safetensors"
     found = [own] if own.is_file() else sorted(path.glob("*/model.safetensors"))
     if not found:
-        raise FileNotFoundError(f"{path}: no model.safetensors in it: is the run finished?")
+        raise FileNotFoundError(f"{path}: no model.safetensors in it, nor in a folder in it: "
+                                "name the folder of a finished run")
     return found
