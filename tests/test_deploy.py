@@ -680,6 +680,29 @@ def test_the_scale_of_windows_is_that_of_their_photograph(tmp_path):
     assert evaluation.confusion_pixels.to_numpy().sum() == sum(4 * image.size for image in images)
 
 
+@pytest.mark.parametrize("how", [dict(size=(40, 40)), dict(size=(40, 48), pad=True), dict(crop=(24, 32), scale=0.5)])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_alarms_are_those_of_prediction_at_the_photographs_own_size(tmp_path, how, share):
+    _, images = cut_photographs(tmp_path, 10, 5)
+    file = DataFile(tmp_path, "index", classes=("Crack", "Fray"), part=r"^(\d+)", **how)
+    samples = read_folder(file)
+    chosen = choose_thresholds(predictor_of(Threshold(), **how), samples, share)
+    tuned = predictor_of(Threshold(), **how).with_thresholds(chosen)
+    found = tuned(images)
+    assert chosen.alarms == found.defective[:10].sum() <= 10 * share
+    evaluation = judge(tuned, samples, "all")
+    assert evaluation.clean_alarms == [f"{i:02}" for i in np.flatnonzero(found.defective[:10])]
+    assert evaluation.images["area"].tolist() == [(mask > 0).sum() for mask in found.masks]
+    if "pad" in how:  # what was filled up is no pixel of a photograph
+        pixels = sum(np.prod(geometry_shape(image.shape, how["size"])) for image in images)
+        assert evaluation.confusion_pixels.to_numpy().sum() == pixels
+
+
+def geometry_shape(shape, size) -> tuple[int, int]:
+    factor = min(t / s for t, s in zip(size, shape))
+    return tuple(min(max(round(s * factor), 1), t) for s, t in zip(shape, size))
+
+
 def test_windows_are_counted_where_no_photograph_is_clean_or_some_are_missing(tmp_path):
     predictor = predictor_of(Threshold(), crop=(24, 32))
     defective = cut_photographs(tmp_path / "defective", 0, 4)[0]

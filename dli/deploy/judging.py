@@ -19,7 +19,7 @@ import torch
 from ..data.annotations import starts
 from ..data.folders import DataFile, read_data_file, read_folder
 from ..data.samples import FREE, Samples, find_marked
-from .predictor import Predictor, load, pixels_of, predict_units, unit_remarks, units_of
+from .predictor import Predictor, at_photograph, load, pixels_of, predict_units, unit_remarks, units_of
 from .stitching import drop_small
 from ..experiment.datasets import DATASETS, load_dataset
 from ..experiment.loader import run_samples
@@ -127,6 +127,18 @@ def main_class(
     return classes[int(sizes.argmax())] if sizes.any() else FREE
 
 # %% ../../nbs/73_judging.ipynb #106bbafb
+def verdict_pixels(
+    notes: ModelNotes,
+    one: Samples,  # an image
+    probabilities: np.ndarray,  # float32 (K, h, w)
+    known: np.ndarray,  # bool (h, w): pixels that count
+) -> np.ndarray:  # uint8 (n,): of the photograph's pixels that count, what prediction says
+    "What decides whether a photograph raises an alarm, at its own size."
+    _, mask = find_regions(at_photograph(notes, one, probabilities), [notes.threshold(c) for c in notes.classes])
+    (counted,) = at_photograph(notes, one, known[None].astype(np.uint8))
+    return mask[counted > 0]
+
+# %% ../../nbs/73_judging.ipynb #95adcacc
 def judge_images(
     predictor: Predictor,
     samples: Samples,
@@ -140,12 +152,12 @@ def judge_images(
         regions, mask = find_regions(probabilities, limits_of(predictor.notes, one))
         truth = one.masks[0]
         known = ~find_marked(truth, samples.ignore_index)
+        verdict = verdict_pixels(predictor.notes, one, probabilities, known)
         pairs = number * truth[known].astype(int) + mask[known]
         pixels += np.bincount(pairs, minlength=number**2).reshape(pixels.shape)
         counts.append(count_image(regions, probabilities, one))
-        found = mask[known]
         rows.append(dict(name=one.table["name"][0], part=str(one.table["tile"][0]), true=one.table["class"][0],
-                         found=main_class(found, samples.classes), area=int((found > 0).sum())))
+                         found=main_class(verdict, samples.classes), area=int((verdict > 0).sum())))
     return pd.concat(counts, ignore_index=True), pd.DataFrame(rows), pixels
 
 # %% ../../nbs/73_judging.ipynb #51a3d70f
@@ -273,7 +285,7 @@ class Evaluation:
     parts: pd.DataFrame  # a row per part, the worst first
     confusion: pd.DataFrame  # images: true class, class of most pixels that were found
     confusion_pixels: pd.DataFrame  # pixels of the mask: true class, class found
-    images: pd.DataFrame  # a row per image: name, part, true and found class, area that was found
+    images: pd.DataFrame  # a row per image: name, part, true and found class, area found in pixels of the photograph
     counts: pd.DataFrame  # of `counts_table`, at the model's thresholds
     remarks: tuple[str, ...] = ()  # what one should know
     pictures: dict[str, bytes] = field(default_factory=dict)  # caption -> PNG file: the worst images

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from ..data.annotations import BadFile, as_bytes, read_levels, starts
 from ..data.folders import WINDOW
 from ..data.samples import FREE, Samples
-from .stitching import DEFECT, Sheet
+from .stitching import DEFECT, Sheet, shapes_of
 from ..network.modelfile import ModelNotes, build_model, find_models, read_notes, save_notes
 from ..network.speed import chosen_device, faster, network_dtype
 
@@ -318,7 +319,42 @@ def predict_units(
     ones = (put_together(notes, samples, own) if whole else samples[own] for own in units)
     same = replace(predictor, notes=replace(notes, scale=1.0, size=None, pad=False, crop=notes.crop if whole else None))
     for one, sheet in predict_sheets(same, ((one, one.images[0]) for one in ones), keep=True):
-        yield one, sheet.probabilities
+        yield without_filling(notes, one, sheet.probabilities)
+
+# %% ../../nbs/71_predictor.ipynb #515a7cdd
+def own_shape(
+    one: Samples,  # an image
+) -> tuple[int, int]:
+    "Height and width of the photograph."
+    return tuple(int(one.table[side].iloc[0]) for side in ("height", "width"))
+
+
+def without_filling(
+    notes: ModelNotes,
+    one: Samples,  # an image
+    probabilities: np.ndarray,  # float32 (K, H, W)
+) -> tuple[Samples, np.ndarray]:
+    "Both without the rows and columns that training filled up."
+    if not notes.pad:
+        return one, probabilities
+    height, width = shapes_of(own_shape(one), notes)[-1]
+    one = replace(one, images=one.images[:, :height, :width], masks=one.masks[:, :height, :width], roi=None)
+    return one, probabilities[:, :height, :width]
+
+# %% ../../nbs/71_predictor.ipynb #2298c586
+def at_photograph(
+    notes: ModelNotes,
+    one: Samples,  # an image: a photograph, or a window of one
+    maps: np.ndarray,  # (K, h, w) at the network's scale: float32 probabilities, or uint8
+) -> np.ndarray:  # (K, H, W)
+    "Maps at the size of the photograph, as prediction has them."
+    small, shape = maps.shape[1:], own_shape(one)
+    if not notes.size and small != tuple(max(round(s * notes.scale), 1) for s in shape):  # a window
+        shape = tuple(round(s / notes.scale) for s in small)
+    if small == shape:
+        return maps
+    how = cv2.INTER_NEAREST if maps.dtype == np.uint8 else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(own, shape[::-1], interpolation=how) for own in maps])
 
 
 def pixels_of(
