@@ -621,7 +621,8 @@ def samples_to_compare(
 @command("score masks/ --fold 0")
 def score(
     predictions: Annotated[Path, typer.Argument(metavar="FOLDER", help="with <name of the photograph>.png for each "
-                                                "photograph, at 256 x 256 or at its own size")],
+                                                "photograph, at its own size; or at 256 x 256 for the "
+                                                "Magnetic Tiles")],
     fold: Annotated[int | None, typer.Option(min=0, max=4, help="score one fold; default: all together")] = None,
     partition: Annotated[int, typer.Option(min=0, max=3, help="which way the folds are dealt; 0 is reported")] = 0,
     split: Annotated[str, typer.Option(help="tile: the photographs of a tile share a fold; image: at random")] = "tile",

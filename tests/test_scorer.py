@@ -4,6 +4,7 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+from dataclasses import replace
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dli import cli
+from dli.data.folders import read_data_file, read_folder
 from dli.data.magnetic import find_magnetic_tiles, magnetic_tiles, read_index
 from dli.data.samples import Samples
 from dli.data.splits import find_folds, split_samples
 from dli.data.synthetic import synthetic_tiles
-from dli.scoring.metrics import summarize
+from dli.scoring.metrics import columns_of, summarize
 from dli.scoring.scorer import (PARTITIONS, BadPredictions, fold_samples, fold_table, read_folds, read_mask,
                                 score, score_counts)
 
@@ -345,6 +347,142 @@ def test_a_part_numbered_minus_one_stays_in_the_table():
     assert table["tile"].tolist() == samples.table["tile"].tolist() and table["tile_0"].notna().all()
 
 
+# ---- photographs of a data file --------------------
+
+GEOMETRIES = {"as they are": "", "size": "size: 24", "oblong": "size: [20, 33]", "padded": "size: 24\npad: true",
+              "scale": "scale: 0.6", "crop": "crop: 24", "scale and crop": "scale: 0.6\ncrop: 16",
+              "large windows": "crop: 90"}
+SIZES = {"one size": ((40, 56),), "mixed sizes": ((40, 56), (33, 71), (90, 20))}
+GEOMETRY = [(a, b) for a in GEOMETRIES for b in SIZES]
+KINDS = ("A", "B", "C")
+
+
+def photographs_of(folder, geometry, sizes=((40, 56),), seed=0):
+    "Two photographs of each of 24 parts: six parts of each class and of clean ones. Some pixels are ignored."
+    rng, masks = np.random.default_rng(seed), {}
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(48):
+        mask = np.zeros(sizes[i % len(sizes)], np.uint8)
+        y, x = rng.integers(0, 10, 2)
+        mask[y:y + 9, x:x + 9] = i // 2 % 4
+        mask[y + 1, x:x + 9:2] = 3 * (i % 8 == 2)  # of single pixels: lost when the mask is made smaller
+        mask[-3:, -5:] = 255
+        masks[f"p{i // 2:02}_{i % 2}"] = mask
+    for name, mask in masks.items():
+        Image.fromarray(40 * (mask % 255)).save(folder / f"images/{name}.png")
+        Image.fromarray(mask).save(folder / f"masks/{name}.png")
+    (folder / "parts.yaml").write_text(
+        f"layout: index\nclasses: [{', '.join(KINDS)}]\npart: '(p\\d+)_'\nignore: 255\n{geometry}\n")
+    return masks
+
+
+def predicted_as(folder, masks):
+    "Masks as predictions: 0 where the truth is ignored."
+    return write(folder, [np.where(m == 255, 0, m).astype(np.uint8) for m in masks.values()], masks)
+
+
+@pytest.mark.parametrize("geometry, sizes", GEOMETRY)
+def test_the_annotations_of_a_data_file_score_1(tmp_path, geometry, sizes):
+    masks = photographs_of(tmp_path / "own", GEOMETRIES[geometry], SIZES[sizes])
+    folder, data = predicted_as(tmp_path / "p", masks), read_data_file(tmp_path / "own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = score(folder, samples=data)
+    assert all(value == 1 for name, value in found.items() if name.startswith("iou_")) and found["clean_alarm"] == 0
+    counts = score_counts(folder, samples=data)
+    assert counts["name"].tolist() == list(masks)
+    assert counts["pixels"].tolist() == [m.size - 15 for m in masks.values()]
+
+
+@pytest.mark.parametrize("geometry, sizes", GEOMETRY)
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_blocks_are_counted_as_numpy_counts_them(tmp_path, geometry, sizes, seed):
+    masks = photographs_of(tmp_path / "own", GEOMETRIES[geometry], SIZES[sizes], seed)
+    rng = np.random.default_rng(seed)
+    guesses = {name: np.where(m == 255, 0, m).astype(np.uint8) for name, m in masks.items()}
+    for name in rng.choice(list(masks), 7, replace=False):
+        y, x = rng.integers(0, 18, 2)
+        guesses[name][y:y + 4, x:x + 25] = rng.integers(0, 4)
+    guesses["p00_0"][-4:, -6:] = 1  # most of it over ignored pixels
+    counts = score_counts(write(tmp_path / "p", guesses.values(), guesses), samples=read_data_file(tmp_path / "own"))
+    kinds = {kind: columns_of(counts, kind, KINDS) for kind in ("tp", "fp", "fn", "p")}
+    for i, (name, truth) in enumerate(masks.items()):
+        guess, known = guesses[name], truth != 255
+        for k in range(3):
+            true, said = (truth == k + 1) & known, (guess == k + 1) & known
+            expected = (true & said).sum(), (~true & said).sum(), (true & ~said).sum(), said.any()
+            assert tuple(kinds[kind][i, k] for kind in kinds) == expected, (name, k)
+    assert (kinds["fp"][0, 0], counts["class"][0]) == (4 * 6 - 3 * 5, "Free")
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("split", ["tile", "image"])
+def test_folds_of_a_data_file_are_those_of_its_samples(tmp_path, geometry, split):
+    masks = photographs_of(tmp_path / "own", GEOMETRIES[geometry])
+    folder, data = predicted_as(tmp_path / "p", masks), read_data_file(tmp_path / "own")
+    samples, seen = read_folder(data), []
+    if split == "image" and geometry in ("crop", "scale and crop"):
+        with pytest.raises(ValueError, match="deals the windows of a photograph into several, such as those of 'p0"):
+            score(folder, 0, samples=data, split=split)
+        return
+    for fold in range(5):
+        counts, val = score_counts(folder, fold, 2, split, data), split_samples(samples, split, fold, 2)[1]
+        assert set(counts["name"]) == {n[:5] for n in val.table["name"]} and not columns_of(counts, "fp", KINDS).any()
+        seen += counts["name"].tolist()
+    assert sorted(seen) == list(masks)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_wrong_files_for_a_data_file_are_named(tmp_path, geometry):
+    masks = photographs_of(tmp_path / "own", GEOMETRIES[geometry])
+    folder = predicted_as(tmp_path / "p", masks)
+    (folder / "p03_1.png").unlink()
+    write(folder, [np.zeros((24, 24), np.uint8)] * 2, ["p04_0", "p05_0_y0_x0"])
+    write(folder, [np.full((40, 56), 255, np.uint8)], ["p06_1"])
+    with pytest.raises(BadPredictions) as error:
+        score(folder, samples=read_data_file(tmp_path / "own"))
+    said = str(error.value)
+    assert "expected 48 index masks, one PNG per image. 4 problems" in said and "p03_1.png: missing" in said
+    assert "p04_0.png: expected 56 x 40 pixels, got 24 x 24" in said and "p05_0_y0_x0.png: unknown" in said
+    assert "p06_1.png: expected values 0..3, got 255; a prediction ignores nothing" in said
+
+
+def test_a_broken_photograph_of_a_data_file_is_named(tmp_path):
+    folder = predicted_as(tmp_path / "p", photographs_of(tmp_path / "own", "size: 24"))
+    (tmp_path / "own/images/p02_1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 files can't be read right:\n  p02_1"):
+        score(folder, samples=read_data_file(tmp_path / "own"))
+
+
+def test_a_class_that_a_data_file_never_shows_is_named(tmp_path):
+    folder = predicted_as(tmp_path / "p", photographs_of(tmp_path / "own", "crop: 24"))
+    data = read_data_file(tmp_path / "own")
+    with pytest.warns(UserWarning, match="the dataset has no usable image of D: iou_macro"):
+        assert score(folder, samples=replace(data, classes=(*KINDS, "D")))["iou_D"] is None
+
+
+def test_sixteen_bits_and_folders_of_photographs_are_scored(tmp_path):
+    masks = photographs_of(tmp_path / "own", "size: 24\npad: true")
+    for name in masks:
+        for kind in ("images", "masks"):
+            (tmp_path / "own" / kind / name[:3]).mkdir(exist_ok=True)
+            (tmp_path / "own" / kind / f"{name}.png").rename(tmp_path / "own" / kind / name[:3] / f"{name}.png")
+        Image.fromarray(np.full((40, 56), 3000, np.uint16)).save(tmp_path / f"own/images/{name[:3]}/{name}.png")
+        (tmp_path / "p" / name[:3]).mkdir(exist_ok=True, parents=True)
+    names = {f"{name[:3]}/{name}": mask for name, mask in masks.items()}
+    assert score(predicted_as(tmp_path / "p", names), samples=read_data_file(tmp_path / "own"))["iou_macro"] == 1
+
+
+def test_samples_of_a_data_file_take_masks_of_their_own_size_only(tmp_path):
+    masks = photographs_of(tmp_path / "own", "size: 24\npad: true")
+    samples = read_folder(tmp_path / "own")
+    small = dict(zip(samples.table["name"], samples.masks))
+    assert score(predicted_as(tmp_path / "small", small), samples=samples)["iou_macro"] == 1
+    with pytest.raises(BadPredictions, match="p00_0.png: expected 24 x 24 pixels, got 56 x 40"):
+        score(predicted_as(tmp_path / "p", masks), samples=samples)
+
+
 # ---- faults --------------------
 
 def image(mask):
@@ -463,6 +601,11 @@ def test_the_command_scores_photographs_of_your_own(tmp_path, capsys):
     for data in (tmp_path, tmp_path / "parts.yaml"):
         assert main([str(tmp_path / "masks"), "--data", str(data), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["iou_macro"] == 1
+    (tmp_path / "parts.yaml").write_text(lines + "crop: 20\n")
+    assert main([str(tmp_path / "masks"), "--data", str(tmp_path), "--fold", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["iou_macro"] == 1
+    assert main([str(tmp_path / "masks"), "--data", str(tmp_path), "--fold", "1", "--split", "image"]) == 1
+    assert "choose split='tile', or score all folds" in capsys.readouterr().err
     (tmp_path / "parts.yaml").write_text("layout: index")
     assert main([str(tmp_path / "masks"), "--data", str(tmp_path)]) == 1
     assert "classes is missing" in capsys.readouterr().err

@@ -8,6 +8,8 @@ __all__ = ['fold_table', 'read_folds', 'BadPredictions', 'score_counts', 'score'
 # %% ../../nbs/41_scorer.ipynb #8f2b0007
 import os
 import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,13 +19,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ..data.folders import read_folder
+from ..data.folders import (WINDOW, Cut, DataFile, Entry, Plan, cut_or_note, make_plan, read_data_file, read_folder,
+                              refuse)
 from ..data.magnetic import magnetic_tiles
-from ..data.masks import one_hot
-from ..data.samples import FREE, Samples, same_name
+from ..data.samples import FREE, Samples, find_marked, name_classes, same_name
 from ..data.splits import SPLITS, absent_classes, check_split, find_folds, held_out
-from ..files import read_table
-from .metrics import count_batch, counts_table, scores
+from ..files import in_order, read_table
+from .metrics import Counts, counts_table, scores
 
 # %% ../../nbs/41_scorer.ipynb #09-benchmark-006
 PARTITIONS = (0, 1, 2, 3)  # those of the Magnetic Tiles that are reported
@@ -118,37 +120,80 @@ def explain_problems(
     return "\n  ".join([
         f"{folder}: expected {n} index masks, one PNG per image. {count}:", *problems[:shown], *more,
         "Write each mask as <name of the photograph>.png, 0 for no defect and 1.. for the classes; see read_folds() "
-        "for the names of the Magnetic Tiles, and the column name of the samples' table for your own."])
+        "for the names of the Magnetic Tiles. The name of a photograph of your own is its path in the folder of "
+        "photographs, without suffix; that of a sample is in the column name of the samples' table."])
 
 # %% ../../nbs/41_scorer.ipynb #09-benchmark-038
-def read_predictions(
+def read_prediction(
+    folder: Path,  # with the predicted masks
+    files: list[str],  # of `find_masks`: those of the image
+    name: str,  # of the image
+    *expected,  # sizes, classes, shape and ignore_index of `read_mask`
+) -> np.ndarray:  # uint8 (H, W), 0..K
+    "The predicted mask of an image. Raises ValueError that names the file and says what is wrong with it."
+    if len(files) != 1:
+        raise ValueError(f"{name}.png: " + (f"expected one file, got {' and '.join(files)}" if files else "missing"))
+    try:
+        return read_mask(folder / files[0], *expected)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from None
+
+# %% ../../nbs/41_scorer.ipynb #6ff0866e
+def count_mask(
+    guess: np.ndarray,  # uint8 (H, W), 0..K
+    truth: np.ndarray,  # uint8 (H, W), 0..K, or `ignore_index`
+    classes: int,  # K
+    ignore_index: int | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # tp, fp, fn, each (K,); how many pixels count
+    "Count the pixels of a mask, of any size."
+    counts = ~find_marked(truth, ignore_index)
+    pairs = (classes + 1) * truth[counts].astype(np.intp) + guess[counts]
+    both = np.bincount(pairs, minlength=(classes + 1)**2).reshape(classes + 1, classes + 1)  # a row per true class
+    tp = both.diagonal()[1:]
+    return tp, both.sum(0)[1:] - tp, both.sum(1)[1:] - tp, len(pairs)
+
+# %% ../../nbs/41_scorer.ipynb #e61c9438
+def count_folder(
     folder: str | Path,  # with a PNG for each image
-    samples: Samples,  # what to score
-    known: set[str],  # names of all images there are
-) -> np.ndarray:  # uint8 (N, H, W), 0..K
-    "The predicted masks of `samples`, in order. Raises BadPredictions that names each missing, unknown or wrong file."
+    truths: Iterable[tuple],  # of each image to score: name, mask (H, W), sizes (width, height) its file may have
+    known: Iterable[str],  # names of all images there are
+    classes: int,  # K
+    ignore_index: int | None,
+) -> Counts:  # of the images, in order
+    "Count the masks of a folder. Raises BadPredictions that names each missing, unknown or wrong file."
     folder, known = Path(folder), set(map(same_name, known))
     if not folder.is_dir():
         raise BadPredictions(f"{folder}: no such folder")
-    shape, found = samples.masks.shape[1:], find_masks(folder, any("/" in name for name in known))
-    problems, masks = [], []
-    for name, width, height in samples.table[["name", "width", "height"]].itertuples(index=False):
+    found, problems, rows, n = find_masks(folder, any("/" in name for name in known)), [], [], 0
+    for n, (name, truth, sizes) in enumerate(truths, 1):
         files = found.get(same_name(name), [])
-        if len(files) != 1:
-            problems.append(f"{name}.png: " + (f"expected one file, got {' and '.join(files)}" if files else "missing"))
-            continue
-        sizes = tuple(dict.fromkeys([shape[::-1], (width, height)]))
         try:
-            masks.append(read_mask(folder / files[0], sizes, len(samples.classes), shape, samples.ignore_index))
+            guess = read_prediction(folder, files, name, sizes, classes, truth.shape, ignore_index)
+            rows.append(count_mask(guess, truth, classes, ignore_index))
         except ValueError as error:
-            problems.append(f"{files[0]}: {error}")
+            problems.append(str(error))
     unknown = sorted(f for name in found.keys() - known for f in found[name] if not Path(f).name.startswith("."))
     problems += [f"{file}: unknown; the dataset has no image of that name" for file in unknown]
     if problems:
-        raise BadPredictions(explain_problems(folder, len(samples), problems))
-    return np.stack(masks)
+        raise BadPredictions(explain_problems(folder, n, problems))
+    tp, fp, fn, pixels = (torch.from_numpy(np.stack(values)) for values in zip(*rows))
+    return Counts(tp, fp, fn, (tp + fp > 0).float(), pixels)
 
 # %% ../../nbs/41_scorer.ipynb #09-benchmark-018
+def name_fold(fold: int | None, partition: int) -> str:
+    "What is scored, in words."
+    return "the dataset" if fold is None else f"fold {fold} of partition {partition}"
+
+def warn_of(
+    absent: list[str],  # classes
+    where: str,  # of `name_fold`
+) -> None:
+    "Warn of classes that no image to score shows."
+    if absent:
+        warnings.warn(f"{where} has no usable image of {', '.join(absent)}: iou_macro is a mean over the other classes",
+                      stacklevel=4)
+
+# %% ../../nbs/41_scorer.ipynb #ed4f9a48
 def fold_samples(
     samples: Samples,  # the dataset
     fold: int | None,  # 0..4; None: all five
@@ -159,14 +204,106 @@ def fold_samples(
     check_split(split, 0 if fold is None else fold, partition)
     usable = samples[samples.usable]
     chosen = usable if fold is None else usable[held_out(usable, split, fold, partition)]
-    where = "the dataset" if fold is None else f"fold {fold} of partition {partition}"
     if not len(chosen):
-        raise ValueError(f"{where} has no usable image: there is nothing to score")
+        raise ValueError(f"{name_fold(fold, partition)} has no usable image: there is nothing to score")
     expected = np.ones((1, len(samples.classes) + 1), bool)
-    if absent := [c for c in absent_classes(chosen, expected) if c != FREE]:
-        warnings.warn(f"{where} has no usable image of {', '.join(absent)}: iou_macro is a mean over the other classes",
-                      stacklevel=3)
+    warn_of([c for c in absent_classes(chosen, expected) if c != FREE], name_fold(fold, partition))
     return chosen
+
+# %% ../../nbs/41_scorer.ipynb #f0b1d46a
+def count_samples(
+    predictions: str | Path,  # folder of index masks
+    samples: Samples,
+    fold: int | None,
+    partition: int,
+    split: str,
+) -> pd.DataFrame:  # of `counts_table`
+    "Count masks of the samples' size or, where no data file shaped the samples, of the photographs' own size."
+    chosen, shape = fold_samples(samples, fold, partition, split), samples.masks.shape[1:]
+    own = zip(chosen.table["width"], chosen.table["height"])
+    if samples.source.startswith("folder "):  # a photograph of it may have been padded: its data file knows
+        own = [shape[::-1]] * len(chosen)
+    sizes = (tuple(dict.fromkeys([shape[::-1], size])) for size in own)
+    truths = zip(chosen.table["name"], chosen.masks, sizes)
+    counts = count_folder(predictions, truths, samples.table["name"], len(samples.classes), samples.ignore_index)
+    return counts_table(chosen.table, counts, samples.classes)
+
+# %% ../../nbs/41_scorer.ipynb #482c05ba
+def fold_photographs(
+    plan: Plan,  # of a data file
+    fold: int | None,  # 0..4; None: all photographs
+    partition: int,  # >= 0
+    split: str,  # one of `SPLITS`
+) -> set[str]:  # names
+    "The photographs that a fold of the samples validates. Raises ValueError where windows of one lie in several folds."
+    check_split(split, 0 if fold is None else fold, partition)
+    if fold is None:
+        return {entry.name for entry in plan.found.entries}
+    samples = read_folder(plan.data)
+    names = samples.table["name"]
+    if plan.data.crop:
+        names = names.str.replace(WINDOW, "", regex=True)
+    held = held_out(samples, split, fold, partition)
+    inside, outside = set(names[held]), set(names[~held])
+    if both := sorted(inside & outside):
+        raise ValueError(f"expected folds of whole photographs, but split={split!r} deals the windows of a photograph "
+                         f"into several, such as those of {both[0]!r}: choose split='tile', or score all folds")
+    return inside
+
+# %% ../../nbs/41_scorer.ipynb #a131ada1
+def read_whole(
+    plan: Plan,  # of a data file
+) -> Iterator[tuple[Entry, Cut]]:
+    "Each photograph with its mask, at its own size. Raises ValueError that lists those that can't be read, at the end."
+    whole = replace(plan.data, scale=1.0, size=None, pad=False, crop=None)
+    entries, problems = [replace(entry, roi=None) for entry in plan.found.entries], []
+    read = lambda entry: cut_or_note(entry, whole, (0, 255))  # any levels do: no grey value counts
+    for entry, (cut, _, wrong) in zip(entries, in_order(read, entries)):
+        problems += wrong
+        if cut:
+            yield entry, cut
+    refuse(problems, plan.data.root)
+
+# %% ../../nbs/41_scorer.ipynb #faecb6c0
+def count_photographs(
+    predictions: str | Path,  # folder of index masks
+    plan: Plan,  # of a data file
+    fold: int | None,
+    partition: int,
+    split: str,
+) -> pd.DataFrame:  # of `counts_table`
+    "Count masks of whole photographs, at their own size."
+    classes, shown = plan.data.classes, {}
+    chosen = fold_photographs(plan, fold, partition, split)
+
+    def truths():
+        for entry, cut in read_whole(plan):
+            shown[entry.name] = cut.shown[0]
+            if entry.name in chosen:
+                yield entry.name, cut.arrays["masks"][0], (cut.size[::-1],)
+
+    names = [entry.name for entry in plan.found.entries]
+    counts = count_folder(predictions, truths(), names, len(classes), plan.data.ignore)
+    seen = np.array([shown[name] for name in names])
+    table = pd.DataFrame({"name": names, "class": name_classes(seen, classes), "tile": plan.parts})
+    own = table["name"].isin(chosen)
+    warn_of([c for c, there in zip(classes, seen[own].any(0)) if not there], name_fold(fold, partition))
+    return counts_table(table[own], counts, classes)
+
+# %% ../../nbs/41_scorer.ipynb #0a6703b5
+def count_predictions(
+    predictions: str | Path,  # folder of index masks
+    fold: int | None,
+    partition: int,
+    split: str,
+    samples: Samples | DataFile | None,
+) -> tuple[pd.DataFrame, tuple[str, ...]]:  # of `counts_table`; the names of the classes
+    "Counts of predicted masks. Raises BadPredictions and ValueError."
+    if isinstance(samples, DataFile):
+        plan = make_plan(samples)
+        return count_photographs(predictions, plan, fold, partition, split), plan.data.classes
+    samples = magnetic_tiles() if samples is None else samples
+    return count_samples(predictions, samples, fold, partition, split), samples.classes
 
 # %% ../../nbs/41_scorer.ipynb #09-benchmark-019
 def score_counts(
@@ -174,18 +311,16 @@ def score_counts(
     fold: int | None = None,  # 0..4; None: all five
     partition: int = 0,  # >= 0: which way the folds are dealt; 0 is the one to report
     split: str = "tile",  # "tile": the photographs of a tile share a fold; "image": at random
-    samples: Samples | None = None,  # the truth; None: the Magnetic Tiles at 256 x 256
+    samples: Samples | DataFile | None = None,  # the truth; None: the Magnetic Tiles at 256 x 256
 ) -> pd.DataFrame:  # a row per image: see `counts_table`; p is 1 where a class was predicted, else 0
-    "Counts of predicted masks. Raises BadPredictions for wrong files and ValueError for wrong choices."
-    samples = magnetic_tiles() if samples is None else samples
-    chosen = fold_samples(samples, fold, partition, split)
-    masks = read_predictions(predictions, chosen, set(samples.table["name"]))
-    parts = []
-    for start in range(0, len(chosen), 64):
-        sure = 100 * (2.0 * one_hot(torch.from_numpy(masks[start:start + 64]), len(chosen.classes)) - 1)
-        counts = count_batch(sure, torch.from_numpy(chosen.masks[start:start + 64]), chosen.ignore_index)
-        parts.append(counts_table(chosen.table.iloc[start:start + 64], counts, chosen.classes))
-    return pd.concat(parts, ignore_index=True)
+    """Counts of predicted masks, in pixels; those that the truth ignores are left out.
+
+    Samples: a mask has the samples' size, or the photograph's own size and is resized to that of the samples; where
+    `read_folder` read the samples, only the samples' size. A data file (`read_data_file`): a mask belongs to a whole
+    photograph and has its own size, at which it is counted, whatever the file says about scale, size and crop; a fold
+    holds the photographs whose samples `split_samples` puts there. Raises BadPredictions for files that are wrong or
+    missing, and ValueError for wrong choices and for a data file whose photographs can't be read."""
+    return count_predictions(predictions, fold, partition, split, samples)[0]
 
 # %% ../../nbs/41_scorer.ipynb #bd7d73b9
 def score(
@@ -193,21 +328,20 @@ def score(
     fold: int | None = None,  # 0..4; None: all five, pooled
     partition: int = 0,  # see `score_counts`
     split: str = "tile",  # see `score_counts`
-    samples: Samples | None = None,  # the truth; None: the Magnetic Tiles at 256 x 256
+    samples: Samples | DataFile | None = None,  # the truth, see `score_counts`; None: the Magnetic Tiles at 256 x 256
 ) -> dict[str, float | None]:  # None where a score is undefined or needs a probability
     """IoU of each class and their mean, `iou_macro`, and false alarms on clean images (protocol, section 5).
 
-    Raises BadPredictions for files that are wrong or missing, and ValueError for wrong choices."""
-    samples = magnetic_tiles() if samples is None else samples
-    counts = score_counts(predictions, fold, partition, split, samples)
-    return scores(counts, samples.classes) | dict(auroc_image=None, alarm_at_95=None)
+    Raises what `score_counts` raises."""
+    counts, classes = count_predictions(predictions, fold, partition, split, samples)
+    return scores(counts, classes) | dict(auroc_image=None, alarm_at_95=None)
 
 # %% ../../nbs/41_scorer.ipynb #0fc70a77
 def samples_to_score(
     data: str | None,  # a data file, or a folder that holds one; or the folder of the Magnetic Tiles, None: find them
-) -> Samples:
+) -> Samples | DataFile:
     "The photographs whose masks were predicted. Raises what reading them raises."
     path = Path(data or ".")
     if data and (path.suffix.lower() in (".yaml", ".yml") or (path / "parts.yaml").is_file()):
-        return read_folder(path)
+        return read_data_file(path)
     return magnetic_tiles(data)
