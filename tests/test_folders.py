@@ -22,6 +22,7 @@ from PIL import Image
 from dli.data.annotations import BadFile, index_mask, read_labelme, read_levels, read_values, read_yolo
 from dli.data.check import check_folder
 from dli.data.folders import DataFile, find_entries, make_data_file, read_data_file, read_folder
+from dli.data.samples import FREE
 from dli.data.splits import possible_folds, split_samples
 from dli.data.synthetic import synthetic_tiles
 from dli.files import is_mapped
@@ -980,3 +981,76 @@ def test_rows_of_coco_hold_anything(tmp_path_factory, kind, key, junk):
             assert len(read_folder(data)) == 1
         except ValueError as error:
             assert len(str(error)) > 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("how", [dict(), dict(crop=16), dict(size=16), dict(crop=8, scale=0.5)], ids=str)
+def test_the_rows_of_a_check_are_counted_as_by_pandas(folder, how, seed):
+    parts = np.random.default_rng(seed).integers(0, 25, len(TILES)).astype(str)
+    pd.DataFrame(dict(name=TILES.table["name"], part=parts)).to_csv(folder / "parts.csv", index=False)
+    check = check_folder(with_key(folder, part="part", **how))
+    truth = pd.DataFrame(dict(part=parts, clean=~(TILES.masks > 0).any((1, 2))))
+    for k, name in enumerate(TILES.classes, 1):
+        truth[name] = (TILES.masks == k).any((1, 2))
+    for name, row in check.classes.iterrows():
+        own = truth[truth["clean" if name == FREE else name]]
+        assert row["images"] == len(own), name
+        assert row["parts"] == own["part"].nunique() or row["lost"], name
+    assert (check.photographs, check.parts) == (len(truth), truth["part"].nunique())
+
+
+def test_parts_with_clean_windows_are_enough_without_a_clean_photograph(folder):
+    drop(folder, ~(TILES.masks > 0).any((1, 2)))
+    check = check_folder(with_key(folder, crop=16))
+    assert check.classes.loc[FREE, ["images", "parts"]].tolist() == [0, 0]
+    assert check.ok and check.folds == possible_folds(read_folder(with_key(folder, crop=16)))
+
+
+def test_the_parts_of_clean_ball_screws():
+    if not BALL_SCREWS.is_dir():
+        pytest.skip("the ball screws are not here")
+    part = r"^(?:\d+_\d+_(\d+_\d+)|(KGT.+?))_crop"
+    check = check_folder(make_data_file(dict(layout="labelme", images="data", annotations="label", clean="all",
+                                             crop=448, part=part), BALL_SCREWS))
+    assert check.classes.loc[FREE, ["images", "parts"]].tolist() == [12, 6]
+
+
+def move_to(folder, kind, at, which):
+    "Put photographs or masks into folders: each n-th of them into the n-th."
+    for n, name in enumerate(TILES.table["name"]):
+        if n % len(which) == which.index(at):
+            path = folder / kind / at / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            first(kind, folder, n).rename(path)
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["masks in folders", "all masks in one folder"])
+def test_photographs_beside_those_that_are_read_are_noted(folder, parallel):
+    for kind in ("images", "masks"):
+        for at in ("a", "b/c"):
+            move_to(folder, kind, at, ("a", "b/c"))
+    whole = check_folder(folder)
+    assert whole.photographs == len(TILES) and not any(n.kind == "unread" for n in whole.notes)
+    half = check_folder(with_key(folder, images="images/a", annotations="masks/a" if parallel else "masks"))
+    note, = (n for n in half.notes if n.kind == "unread")
+    assert note.file == "images" and "holds 30 pictures that are not read, such as images/b/c/" in note.text
+    assert "photographs are read from images/a only" in note.text and "images holds 30" in str(half)
+    assert half.ok == parallel  # masks of photographs that are not read are a problem of their own
+
+
+def test_masks_regions_and_drawings_are_no_photographs_that_are_not_read(folder):
+    (folder / "set").mkdir()
+    for kind in ("images", "masks"):
+        (folder / kind).rename(folder / "set" / kind)
+    for kind in ("drawings", "old_masks", "regions"):
+        shutil.copytree(folder / "set/masks", folder / "set" / kind)
+    for path in (folder / "set/old_masks").iterdir():
+        path.rename(path.with_stem(f"{path.stem}_mask"))
+    shutil.copytree(folder / "set/images", folder / "elsewhere")
+    check = check_folder(with_key(folder, images="set/images", annotations="set/masks", roi="set/regions"))
+    assert not any(n.kind == "unread" for n in check.notes)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_no_stored_folder_is_said_to_be_read_in_part(name):
+    assert not any(n.kind == "unread" for n in check_folder(stored(**STORED[name])).notes)

@@ -175,3 +175,107 @@ def test_many_small_defects_are_no_large_one(tmp_path):
         cv2.imwrite(str(tmp_path / f"masks/{i}.png"), mask)
     guess = guess_data_file(tmp_path)
     assert "crop: the smaller defects are 12 pixels across" in "\n".join(guess.reasons)
+
+
+# Nested folders
+
+NESTED = [("a", "b/c"), ("a", "b"), ("line/1", "line/2", "other/3/x"), ("", "more")]
+
+
+def outline(mask):
+    "Corners x, y of a box about the defect."
+    rows, columns = np.nonzero(mask)
+    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+    return [[int(x), int(y)] for x, y in ((left, top), (right, top), (right, bottom), (left, bottom))]
+
+
+def write_annotation(kind, path, corners, mask):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "masks":
+        Image.fromarray(np.uint8(255) * (mask > 0)).save(path.with_suffix(".png"))
+    elif kind == "labelme":
+        shapes = [dict(label="pit", points=corners, shape_type="polygon")] if corners else []
+        path.with_suffix(".json").write_text(json.dumps(dict(shapes=shapes, imagePath=f"{path.name}.png")))
+    elif kind == "yolo":
+        line = " ".join(f"{v / 32:.6f}" for corner in corners for v in corner)
+        path.with_suffix(".txt").write_text(f"0 {line}\n" if corners else "")
+
+
+def coco_content(names, corners):
+    images = [dict(id=i, file_name=f"{name}.png", width=32, height=32) for i, name in enumerate(names)]
+    shapes = [dict(id=i, image_id=i, category_id=1, segmentation=[[v for corner in own for v in corner]])
+              for i, own in enumerate(corners) if own]
+    return dict(images=images, annotations=shapes, categories=[dict(id=1, name="pit")])
+
+
+def store_nested(root, kind, folders, twice=False, left_out=()):
+    "Photographs in nested folders, their annotations in parallel ones; twice: file names occur in each folder again."
+    names = []
+    corners = [outline(mask) if mask.any() else [] for mask in TILES.masks]
+    for i, (image, mask) in enumerate(zip(TILES.images, TILES.masks)):
+        at = folders[i % len(folders)]
+        names.append(f"{at}/p_{i // len(folders) if twice else i}".strip("/"))
+        path = root / "images" / f"{names[-1]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        if at not in left_out:
+            write_annotation(kind, root / "annotations" / names[-1], corners[i], mask)
+    if kind == "coco":
+        (root / "coco.json").write_text(json.dumps(coco_content(names, corners)))
+    return names
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["names differ", "names occur again"])
+@pytest.mark.parametrize("folders", NESTED, ids=" ".join)
+@pytest.mark.parametrize("kind", ["masks", "labelme", "yolo", "coco"])
+def test_nested_folders_are_read_as_one(kind, folders, twice, tmp_path):
+    if kind == "coco":
+        pytest.importorskip("pycocotools")
+    names = store_nested(tmp_path, kind, folders, twice)
+    guess = guess_data_file(tmp_path)
+    content = yaml.safe_load(guess.text)
+    assert content["layout"] == dict(masks="index").get(kind, kind) and content["images"] == "images"
+    assert guess.reasons[0].startswith(f"layout: {content['layout']} fits 60 of 60 photographs")
+    assert not any("not read" in reason for reason in guess.reasons)
+    samples = read_guess(tmp_path, guess.text)
+    assert sorted(samples.table["name"]) == sorted(names)
+    order = samples.table["name"].tolist()
+    order = [order.index(name) for name in names]
+    shown = samples.masks[order] > 0
+    assert (shown.any((1, 2)) == TILES.masks.any((1, 2))).all() and len(samples.classes) == 1
+    assert kind != "masks" or (shown == (TILES.masks > 0)).all()
+
+
+@pytest.mark.parametrize("kind", ["masks", "labelme", "yolo"])
+def test_photographs_that_are_not_read_are_counted(kind, tmp_path):
+    store_nested(tmp_path, kind, ("a", "b/c"), left_out=["b/c"])
+    (tmp_path / "images").rename(tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first/b").rename(tmp_path / "second/b")
+    guess = guess_data_file(tmp_path)
+    assert "30 of 60 photographs are not read: 30 in second/b/c" in guess.reasons[0]
+    assert len(read_guess(tmp_path, guess.text)) == 30
+
+
+def test_folders_of_masks_beside_clean_photographs_are_classes(tmp_path):
+    folders = ("scratch", "pit", "ok")
+    store_nested(tmp_path, "masks", folders, left_out=["ok"])
+    guess = guess_data_file(tmp_path)
+    assert yaml.safe_load(guess.text)["layout"] == "per-class"
+    assert read_guess(tmp_path, guess.text).classes == ("pit", "scratch")
+
+
+def test_nested_labels_have_the_names_of_their_files_of_classes(tmp_path):
+    store_nested(tmp_path, "yolo", ("a", "b/c"))
+    for at in ("a", "b/c"):
+        (tmp_path / "annotations" / at / "classes.txt").write_text("pit\nscratch")
+    assert yaml.safe_load(guess_data_file(tmp_path).text)["classes"] == ["pit", "scratch"]
+    (tmp_path / "annotations/a/classes.txt").write_text("scratch\npit")
+    assert yaml.safe_load(guess_data_file(tmp_path).text)["classes"] == ["class 1"]
+
+
+@pytest.mark.parametrize("kind", ["masks", "labelme", "yolo"])
+def test_a_large_part_of_nested_folders_is_no_other_reading(kind, tmp_path):
+    store_nested(tmp_path, kind, ("a",) * 19 + ("b/c",))
+    reason = guess_data_file(tmp_path).reasons[0]
+    assert "fits 60 of 60" in reason and "annotations/a)" not in reason

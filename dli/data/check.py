@@ -20,9 +20,9 @@ import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from .annotations import BadFile, Note, as_bytes
-from .folders import (DataFile, Entry, Found, find_entries, find_parts, find_span, geometry, given_sides,
-                              read_data_file, read_pair, read_region, windows_of)
+from .annotations import SUFFIXES, BadFile, Note, as_bytes
+from .folders import (DataFile, Entry, Found, bare, files_below, find_entries, find_parts, find_span, geometry,
+                              given_sides, own_files, place, read_data_file, read_pair, read_region, windows_of)
 from .samples import FREE, listed, name_classes
 from .splits import FOLDS
 from ..files import file_hash, in_order
@@ -126,6 +126,7 @@ def judge_parts(
 # %% ../../nbs/18_check.ipynb #72bdcd09
 def judge_classes(
     table: pd.DataFrame,  # of `count_classes`
+    parts: dict[str, int],  # of `parts_of_classes`
     clean: int,  # images or windows to inject into
     found: Found,  # its notes and problems are appended to
 ) -> int:  # folds
@@ -139,7 +140,7 @@ def judge_classes(
     if not clean:
         found.problems.append(Note("clean", "clean", "images are missing: there is nothing to inject into. Windows of "
                                                      "photographs are often clean: try crop instead of size"))
-    return judge_parts({n: int(r["parts"]) for n, r in table.iterrows() if r["parts"] or r["images"]}, found)
+    return judge_parts({n: parts[n] for n, row in table.iterrows() if parts[n] or row["images"]}, found)
 
 # %% ../../nbs/18_check.ipynb #0b53892d
 def judge_split(
@@ -187,25 +188,40 @@ def split_members(
     return (own[:, None] == np.array([FREE, *classes], object)) | np.pad(left, ((0, 0), (1, 0)))
 
 # %% ../../nbs/18_check.ipynb #a0b1f301
-def count_classes(
+def number_of(
+    parts: Sequence[str],  # of each photograph
+    which: Sequence[bool],  # photographs
+) -> int:
+    "How many parts some photographs show."
+    return len({part for part, own in zip(parts, which) if own})
+
+def parts_of_classes(
     rows: Sequence[dict],  # of `measure`
     parts: Sequence[str],  # of each row
     classes: Sequence[str],
     cut: bool = False,  # whether training sees windows
+) -> dict[str, int]:
+    "How many parts folds can be made of, for each class and for clean images; these may be windows."
+    members = split_members(rows, classes, cut).T
+    return {name: number_of(parts, own) for name, own in zip((FREE, *classes), members)}
+
+# %% ../../nbs/18_check.ipynb #6b2d94f8
+def count_classes(
+    rows: Sequence[dict],  # of `measure`
+    parts: Sequence[str],  # of each row
+    of_class: dict[str, int],  # of `parts_of_classes`
 ) -> pd.DataFrame:  # a row a class, and one for clean photographs
     "Photographs, parts, regions and areas of each class; a photograph counts under every class that it shows."
     table = []
-    clean, *members = split_members(rows, classes, cut).T
-    number = lambda which: len({p for p, own in zip(parts, which) if own})
-    for name, own in zip(classes, members):
+    for name in (name for name in of_class if name != FREE):
         shows = [len(r["areas"][name]) > 0 for r in rows]
         areas = np.concatenate([r["areas"][name] for r in rows] or [[]])
-        table.append({"class": name, "images": sum(shows), "parts": number(own),
+        table.append({"class": name, "images": sum(shows), "parts": of_class[name],
                       "regions": len(areas), "smallest": int(areas.min()) if len(areas) else 0,
                       "median": int(np.median(areas)) if len(areas) else 0,
                       "lost": sum(s and r["left"][name] == 0 for r, s in zip(rows, shows))})
     bare = [not any(len(a) for a in r["areas"].values()) for r in rows]
-    table.append({"class": FREE, "images": sum(bare), "parts": number(clean),
+    table.append({"class": FREE, "images": sum(bare), "parts": number_of(parts, bare),
                   "regions": 0, "smallest": 0, "median": 0, "lost": 0})
     return pd.DataFrame(table).set_index("class")
 
@@ -351,6 +367,27 @@ def take_pictures(
             pictures[name] = {rows[i]["name"]: outlined(*pair(i)) for i in which[::step][:PICTURES]}
     return pictures
 
+# %% ../../nbs/18_check.ipynb #c94e7d30
+def note_unread(
+    data: DataFile,
+    found: Found,  # its notes are appended to
+) -> None:
+    "Say that other pictures lie beside the photographs' folder, where that is a folder of several in the root."
+    images, annotations = place(data, "images").resolve(), place(data, "annotations").resolve()
+    up = images.parent
+    if up == data.root or not up.is_relative_to(data.root):  # a root may well hold other data beside its photographs
+        return
+    taken = [at for at in (images, annotations) if not up.is_relative_to(at)]
+    here = {bare(path.stem) for path in files_below(images, SUFFIXES)}
+    left = {}  # one picture of a name, as masks and drawings bear the name of their photograph
+    for path in own_files(data, up, SUFFIXES):
+        if bare(path.stem) not in here and not any(path.is_relative_to(at) for at in taken):
+            left.setdefault(bare(path.stem), path.relative_to(data.root).as_posix())
+    if left:
+        text = (f"holds {len(left)} pictures that are not read, such as {next(iter(left.values()))}: "
+                f"photographs are read from {images.relative_to(data.root).as_posix()} only (images)")
+        found.notes.append(Note(up.relative_to(data.root).as_posix(), "unread", text))
+
 # %% ../../nbs/18_check.ipynb #ad42634b
 def check_folder(
     data: DataFile | Path | str,  # how to read; or the path of a YAML file, or of a folder with a parts.yaml
@@ -364,6 +401,7 @@ def check_folder(
     start = time.perf_counter()
     data, found = find_entries(data if isinstance(data, DataFile) else read_data_file(data))
     entries = found.entries
+    note_unread(data, found)
     span = find_span(entries, found)
     measured = list(in_order(lambda e: measure(e, data, span), entries, "checking" if progress else ""))
     for row, notes, _ in measured:
@@ -401,9 +439,10 @@ def make_report(data, found, entries, rows, thumbnails, span, split, pictures) -
         text = f"is {how} to {names[i]}, of another part ({parts[i]} and {parts[j]})"
         found.notes.append(Note(names[j], "copy", text))
     judge_split(data, names, parts, copies, split, found)
-    table = count_classes(rows, parts, data.classes, bool(data.crop))
+    of_class = parts_of_classes(rows, parts, data.classes, bool(data.crop))
+    table = count_classes(rows, parts, of_class)
     clean = sum(r["targets"] for r in rows)
-    folds = judge_classes(table, clean, found)
+    folds = judge_classes(table, of_class, clean, found)
     sizes = Counter(f"{r['height']} x {r['width']}" for r in rows)
     if len(sizes) > 1 and not data.size and not data.crop:
         found.problems.append(Note("sizes", "size", f"differ ({', '.join(list(sizes)[:3])}): say size or crop"))

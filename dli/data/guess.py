@@ -20,7 +20,7 @@ from .annotations import (SUFFIXES, BadFile, is_lossy, part_by_pattern, peek, re
                                   read_values)
 from .check import regions_of
 from .folders import (CLEAN_NAMES, LAYOUTS, DataFile, Found, bare, class_folders, files_below, find_entries,
-                              folders_in, make_data_file, read_pair)
+                              folders_in, make_data_file, masks_beside, read_pair)
 from .samples import same_name
 from ..files import in_order
 
@@ -61,34 +61,55 @@ class Places:
     folder: Path
     photographs: list[Path]  # folders
     masks: list[Path]
-    stems: dict[Path, set[str]]  # folder -> names of its pictures, bare, those below it included
+    files: dict[Path, list[Path]]  # folder -> its own pictures
+    names: dict[Path, Counter]  # folder -> bare name of its own pictures -> 1
+    stems: dict[Path, Counter]  # folder -> bare name -> in how many folders it occurs, from this one down
 
 def find_places(folder: Path) -> Places:
     "Sort the folders that hold pictures into photographs and masks."
-    by_folder, stems = defaultdict(list), defaultdict(set)
+    by_folder = defaultdict(list)
     for path in files_below(folder, SUFFIXES):
         by_folder[path.parent].append(path)
-        for parent in path.parents:
-            stems[parent].add(bare(path.stem))
-            if parent == folder:
-                break
     masks = [at for at, files in by_folder.items() if looks_like_masks(files)]
-    return Places(folder, [at for at in by_folder if at not in masks], masks, dict(stems))
+    names = {at: Counter({bare(p.stem) for p in files}) for at, files in by_folder.items()}
+    return Places(folder, [at for at in by_folder if at not in masks], masks, by_folder, names, add_up(names, folder))
+
+# %% ../../nbs/19_guess.ipynb #8c1f0b62
+def add_up(
+    by_folder: dict[Path, Counter],  # folder -> names of its own files
+    top: Path,  # which holds them all
+) -> dict[Path, Counter]:
+    "The names from each folder down, for the folders and all that hold them."
+    total = defaultdict(Counter)
+    for at, names in by_folder.items():
+        for up in (at, *at.parents):
+            if up.is_relative_to(top):
+                total[up].update(names)
+    return dict(total)
+
+def with_parents(by_folder: dict[Path, Counter], top: Path) -> dict[Path, Counter]:
+    "The same for the folders and those in which some of them lie side by side."
+    branches = defaultdict(set)
+    for at in by_folder:
+        for up in at.parents:
+            branches[up].add(at.relative_to(up).parts[0])
+    return {up: names for up, names in add_up(by_folder, top).items() if up in by_folder or len(branches[up]) > 1}
 
 # %% ../../nbs/19_guess.ipynb #07b05aaa
 def best_images(
     places: Places,
-    names: set[str],  # of the photographs that are annotated
+    names: Counter,  # of the photographs that are annotated: how many photographs have a name
     near: Path,  # where the annotations are
 ) -> Path | None:
     "The folder whose photographs have these names; of several, the nearest with the plainest name."
     ups = {up for at in places.photographs for up in (at, *at.parents) if up.is_relative_to(places.folder)}
+    fits = {up: (places.stems[up] & names).total() for up in ups}
     apart = lambda at: len(at.parts) + len(near.parts) - 2 * sum(a == b for a, b in zip(at.parts, near.parts))
-    most = max((len(places.stems[at] & names) for at in ups), default=0)
-    found = [at for at in ups if most and len(places.stems[at] & names) == most]
-    inner = [at for at in found if not any(other != at and other.is_relative_to(at) for other in found)]
-    holds = lambda at: any(mask.is_relative_to(at) for mask in places.masks)
-    best = min(inner, key=lambda at: (holds(at), apart(at), len(at.name), str(at)), default=None)
+    most = max(fits.values(), default=0)
+    found = [at for at in ups if most and fits[at] == most]
+    inner = set(found) - {up for at in found for up in at.parents}
+    with_masks = {up for mask in places.masks for up in (mask, *mask.parents)}
+    best = min(inner, key=lambda at: (at in with_masks, apart(at), len(at.name), str(at)), default=None)
     if best is None or best == places.folder or best.parent in places.masks:
         return best
     # clean photographs without annotation often have a folder of their own beside the others
@@ -98,40 +119,53 @@ def best_images(
 # %% ../../nbs/19_guess.ipynb #bcb5e8ea
 def tool_candidates(places: Places) -> Iterator[dict]:
     "Data files for COCO, LabelMe and YOLO."
-    folder, labelme = places.folder, defaultdict(set)
+    folder, labelme = places.folder, defaultdict(Counter)
     for path in files_below(folder, {".json"}):
         try:
             content = read_json(path)
         except BadFile:
             continue
         if isinstance(content, dict) and isinstance(content.get("shapes"), list):
-            labelme[path.parent].add(same_name(path.stem))
+            labelme[path.parent][same_name(path.stem)] = 1
         elif isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content):
-            written = [str(row.get("file_name")) for row in content["images"] if isinstance(row, dict)]
-            names = {same_name(PurePosixPath(name).stem) for name in written}
+            written = {str(row.get("file_name")) for row in content["images"] if isinstance(row, dict)}
+            names = Counter(same_name(PurePosixPath(name).stem) for name in written)
             yield dict(layout="coco", images=best_images(places, names, path.parent), annotations=path)
-    for at, names in labelme.items():
-        yield dict(layout="labelme", images=best_images(places, names, at), annotations=at)
-    texts = defaultdict(set)
+    texts = defaultdict(Counter)
     for path in files_below(folder, {".txt"}):
         first = path.read_text(encoding="utf-8", errors="replace").split("\n")[0]
         if re.fullmatch(r"(\d+( -?[\d.eE+-]+){4,}\s*)?", first):
-            texts[path.parent].add(same_name(path.stem))
-    for at, names in texts.items():
-        yield dict(layout="yolo", images=best_images(places, names, at), annotations=at)
+            texts[path.parent][same_name(path.stem)] = 1
+    for layout, by_folder in (("labelme", labelme), ("yolo", texts)):
+        for at, names in with_parents(by_folder, folder).items():
+            yield dict(layout=layout, images=best_images(places, names, at), annotations=at)
 
 # %% ../../nbs/19_guess.ipynb #f0b3a356
 def mask_candidates(places: Places) -> Iterator[dict]:
     "Data files for masks in a folder of their own, for each class or for all."
-    parents = {at.parent for at in places.masks if at != places.folder}
-    for at in places.masks:
-        images = best_images(places, places.stems[at], at)
-        coloured = any(is_coloured(p) for p in spread(files_below(at, SUFFIXES)))
-        yield dict(layout="colour" if coloured else "index", images=images, annotations=at)
-    for at in parents:
+    own, by_class = {at: places.names[at] for at in places.masks}, set()
+    for at in {at.parent for at in places.masks if at != places.folder}:
         subfolders = class_folders(plain(at), at)
-        if len(places.masks) and subfolders and all(at / name in places.masks for name in subfolders):
-            yield dict(layout="per-class", images=best_images(places, places.stems[at], at), annotations=at)
+        if subfolders and all(at / name in places.masks for name in subfolders):
+            names = Counter({name for mask, names in own.items() if mask.is_relative_to(at) for name in names})
+            images = best_images(places, names, at)
+            yield dict(layout="per-class", images=images, annotations=at)
+            by_class |= {at} if images and not side_by_side(images, subfolders) else set()
+    for at, names in with_parents(own, places.folder).items():
+        if at in own or at not in by_class:
+            files = [path for mask in own if mask.is_relative_to(at) for path in places.files[mask]]
+            coloured = any(is_coloured(path) for path in spread(files))
+            yield dict(layout="colour" if coloured else "index", images=best_images(places, names, at), annotations=at)
+
+# %% ../../nbs/19_guess.ipynb #3d9a7e15
+def side_by_side(images: Path, classes: Sequence[str]) -> bool:
+    "Whether photographs lie in folders of the same names as their masks: these are hardly classes without a clean one."
+    there = {images.name, *folders_in(plain(images), images)}
+    return bool(there & set(classes)) and not has_clean(images)
+
+def has_clean(folder: Path) -> bool:
+    "Whether a folder in it bears a usual name for clean photographs, so that the others are classes."
+    return any(name.lower() in CLEAN_NAMES for name in folders_in(plain(folder), folder))
 
 def folder_candidates(places: Places) -> Iterator[dict]:
     "Data files for folders of classes, and for masks beside their photographs."
@@ -140,8 +174,9 @@ def folder_candidates(places: Places) -> Iterator[dict]:
             yield dict(root=test.parent, layout="mvtec")
     for at in {at.parent for at in places.photographs if at.is_relative_to(places.folder) and at != places.folder}:
         yield dict(root=at, layout="folder-per-class")
-    for at in places.photographs:
-        yield dict(layout="index", images=at, annotations=at)
+    for at in with_parents({at: places.names[at] for at in places.photographs}, places.folder):
+        if at in places.photographs or not has_clean(at):
+            yield dict(layout="index", images=at, annotations=at)
 
 def is_coloured(path: Path) -> bool:
     "Whether a mask has colours; a damaged one has none."
@@ -341,7 +376,7 @@ def tried(
     elif candidate["layout"] == "colour" and not (candidate["annotations"] / "classes.json").is_file():
         rest = dict(colours={"class 1": [255, 255, 255]})
     elif candidate["layout"] == "yolo" and candidate["images"] is not None:
-        rest = yolo_names(candidate["annotations"])
+        rest = yolo_names(candidate["annotations"], root)
     try:
         data, found = find_entries(make_data_file(content | rest, folder))
     except (ValueError, ImportError, OSError):
@@ -350,14 +385,17 @@ def tried(
     return content if usable else content | rest, data, found
 
 # %% ../../nbs/19_guess.ipynb #9b10f4da
-def yolo_names(labels: Path) -> dict:
+def yolo_names(labels: Path, root: Path) -> dict:
     "Classes for labels without a data.yaml: of a classes.txt, or numbered."
-    if any((at / "data.yaml").is_file() for at in (labels.parent, labels.parent.parent)):
+    if any((at / "data.yaml").is_file() for at in (labels.parent, root)):
         return {}
-    for path in (labels / "classes.txt", labels.parent / "classes.txt"):
-        if path.is_file():
-            return dict(classes=path.read_text(encoding="utf-8-sig").split("\n")[:-1] or ["defect"])
-    lines = [line for p in labels.glob("*.txt") for line in p.read_text(errors="replace").splitlines() if line.strip()]
+    files = files_below(labels, {".txt"})
+    inside = [p for p in files if p.name == "classes.txt"]
+    for paths in ([labels / "classes.txt"], [labels.parent / "classes.txt"], inside):
+        texts = {p.read_text(encoding="utf-8-sig") for p in paths if p.is_file()}
+        if len(texts) == 1:  # files that name different classes say nothing of all labels
+            return dict(classes=[line for line in texts.pop().splitlines() if line.strip()] or ["defect"])
+    lines = [line for p in files for line in p.read_text(errors="replace").splitlines() if line.strip()]
     highest = max((int(line.split()[0]) for line in lines if line.split()[0].isdigit()), default=0)
     return dict(classes=[f"class {k}" for k in range(1, highest + 2)])
 
@@ -407,17 +445,38 @@ def guess_data_file(
         seen = f"photographs were found in {count} folder{'s' * (count > 1)}" if count else "no photograph was found"
         raise ValueError(f"{folder}: {seen}, but no annotation that belongs to them: expected {kinds}. "
                          "Write a parts.yaml by hand")
-    ranked = sorted(tries, key=lambda t: (len(t[2].problems) - marked(t[2]), PREFERRED.index(t[0]["layout"])))
-    return describe(folder, *ranked[0], ranked[1:])
+    named_alike = lambda data: data.layout == "per-class" and side_by_side(data.root / data.images, data.classes)
+    ranked = sorted(tries, key=lambda t: (len(t[2].problems) - marked(t[2]), named_alike(t[1]),
+                                          PREFERRED.index(t[0]["layout"])))
+    return describe(places, *ranked[0], ranked[1:])
 
 # %% ../../nbs/19_guess.ipynb #82b1eecd
-def describe(folder: Path, content: dict, data: DataFile, found: Found, others: Sequence) -> Guess:
+def unread(places: Places, found: Found) -> str:
+    "A sentence about the photographs that a reading leaves out; empty: it reads them all."
+    read = {path for e in found.entries for path in (e.image, *e.files)}
+    photographs = [path for at in places.photographs for path in places.files[at]]
+    left = [path for path in photographs if path not in read | set(masks_beside(photographs))]
+    where = Counter(relative(path.parent, places.folder) for path in left).most_common()
+    shown = ", ".join(f"{count} in {at}" for at, count in where[:3])
+    more = f" and others in {len(where) - 3} more folders" if len(where) > 3 else ""
+    total = len(left) + len(found.entries)
+    return f". {len(left)} of {total} photographs are not read: {shown}{more}" if left else ""
+
+def part_of(other: DataFile, data: DataFile) -> bool:
+    "Whether a reading takes a part of what another one takes, in the same way."
+    inside = lambda what: (other.root / getattr(other, what)).is_relative_to(data.root / getattr(data, what))
+    return other.layout == data.layout and inside("images") and inside("annotations")
+
+# %% ../../nbs/19_guess.ipynb #5e0c41d7
+def describe(places: Places, content: dict, data: DataFile, found: Found, others: Sequence) -> Guess:
     "Fill in the rest of a data file and say why."
+    folder = places.folder
     names, own = [e.name for e in found.entries], marked(found)
     reasons = [f"layout: {content['layout']} fits {own} of {len(names)} photographs"]
-    if rivals := dict.fromkeys(f"{o[0]['layout']} ({o[0].get('annotations', o[0].get('root', '.'))})" for o in others
-                               if marked(o[2]) >= 0.9 * own):
+    close = [o for o in others if marked(o[2]) - len(o[2].problems) >= 0.9 * own and not part_of(o[1], data)]
+    if rivals := dict.fromkeys(f"{o[0]['layout']} ({o[0].get('annotations', o[0].get('root', '.'))})" for o in close):
         reasons[0] += f". Not sure: {', '.join(rivals)} would fit as well"
+    reasons[0] += unread(places, found)
     if found.problems:
         reasons.append(f"problems: {len(found.problems)} files don't fit, such as {found.problems[0].file}: "
                        "`dli check` tells which")
