@@ -272,3 +272,10 @@ def test_nested_labels_have_the_names_of_their_files_of_classes(tmp_path):
     assert yaml.safe_load(guess_data_file(tmp_path).text)["classes"] == ["pit", "scratch"]
     (tmp_path / "annotations/a/classes.txt").write_text("scratch\npit")
     assert yaml.safe_load(guess_data_file(tmp_path).text)["classes"] == ["class 1"]
+
+
+@pytest.mark.parametrize("kind", ["masks", "labelme", "yolo"])
+def test_a_large_part_of_nested_folders_is_no_other_reading(kind, tmp_path):
+    store_nested(tmp_path, kind, ("a",) * 19 + ("b/c",))
+    reason = guess_data_file(tmp_path).reasons[0]
+    assert "fits 60 of 60" in reason and "annotations/a)" not in reason

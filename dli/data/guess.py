@@ -107,9 +107,9 @@ def best_images(
     apart = lambda at: len(at.parts) + len(near.parts) - 2 * sum(a == b for a, b in zip(at.parts, near.parts))
     most = max(fits.values(), default=0)
     found = [at for at in ups if most and fits[at] == most]
-    inner = [at for at in found if not any(other != at and other.is_relative_to(at) for other in found)]
-    holds = lambda at: any(mask.is_relative_to(at) for mask in places.masks)
-    best = min(inner, key=lambda at: (holds(at), apart(at), len(at.name), str(at)), default=None)
+    inner = set(found) - {up for at in found for up in at.parents}
+    with_masks = {up for mask in places.masks for up in (mask, *mask.parents)}
+    best = min(inner, key=lambda at: (at in with_masks, apart(at), len(at.name), str(at)), default=None)
     if best is None or best == places.folder or best.parent in places.masks:
         return best
     # clean photographs without annotation often have a folder of their own beside the others
@@ -473,7 +473,7 @@ def describe(places: Places, content: dict, data: DataFile, found: Found, others
     folder = places.folder
     names, own = [e.name for e in found.entries], marked(found)
     reasons = [f"layout: {content['layout']} fits {own} of {len(names)} photographs"]
-    close = [o for o in others if marked(o[2]) >= 0.9 * own and not part_of(o[1], data)]
+    close = [o for o in others if marked(o[2]) - len(o[2].problems) >= 0.9 * own and not part_of(o[1], data)]
     if rivals := dict.fromkeys(f"{o[0]['layout']} ({o[0].get('annotations', o[0].get('root', '.'))})" for o in close):
         reasons[0] += f". Not sure: {', '.join(rivals)} would fit as well"
     reasons[0] += unread(places, found)
