@@ -63,7 +63,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 
 test: install ## exports and README fresh, notebooks, pytest, the site
 	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n 2 -m 'not slow'
 	$(MAKE) docs
 
 test-slow: install ## the slower checks
