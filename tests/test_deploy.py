@@ -690,6 +690,7 @@ def test_alarms_are_those_of_prediction_at_the_photographs_own_size(tmp_path, ho
     tuned = predictor_of(Threshold(), **how).with_thresholds(chosen)
     found = tuned(images)
     assert chosen.alarms == found.defective[:10].sum() <= 10 * share
+    assert 0 < chosen.table["found"].max() <= found.defective[10:].sum()
     evaluation = judge(tuned, samples, "all")
     assert evaluation.clean_alarms == [f"{i:02}" for i in np.flatnonzero(found.defective[:10])]
     assert evaluation.images["area"].tolist() == [(mask > 0).sum() for mask in found.masks]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.samples import Samples, find_marked
-from .predictor import Predictor, at_photograph, pixels_of, predict_units, unit_remarks, units_of
+from .predictor import Predictor, at_photograph, predict_units, unit_remarks, units_of
 
 # %% ../../nbs/72_thresholds.ipynb #21e46247
 PROBABILITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # to choose from
@@ -64,18 +64,17 @@ def measure(
     "Predict images and measure their regions."
     rows = {name: ([], [], [(0.0, 0.0)]) for name in samples.classes}
     for one, probabilities in predict_units(predictor, samples, *units_of(predictor.notes, samples)):
-        mask, factor = one.masks[0], pixels_of(predictor.notes, one)
-        probabilities = np.where(find_marked(mask, samples.ignore_index), np.float32(0), probabilities)
-        if one.clean[0]:
-            probabilities, factor = at_photograph(predictor.notes, one, probabilities), 1
+        ignored = find_marked(one.masks[0], samples.ignore_index)
+        probabilities = at_photograph(predictor.notes, one, np.where(ignored, np.float32(0), probabilities))
+        (mask,) = at_photograph(predictor.notes, one, one.masks)
         for k, probability in enumerate(probabilities, 1):
             clean, shown, tops = rows[samples.classes[k - 1]]
             if one.clean[0]:
-                clean.append(largest_areas(probability, PROBABILITIES) * factor)
+                clean.append(largest_areas(probability, PROBABILITIES))
                 top = float(probability.max())
-                tops.append((top, largest_areas(probability, (top,))[0] * factor))
+                tops.append((top, int(largest_areas(probability, (top,))[0])))
             elif (mask == k).any():
-                shown.append(largest_areas(probability, PROBABILITIES, mask == k) * factor)
+                shown.append(largest_areas(probability, PROBABILITIES, mask == k))
     empty = np.zeros((0, len(PROBABILITIES)))
     return [Measured(name, np.array([*empty, *clean]).reshape(-1, len(PROBABILITIES)),
                      np.array([*empty, *shown]).reshape(-1, len(PROBABILITIES)), *max(tops))
