@@ -441,6 +441,15 @@ def test_tables_keep_what_earlier_calls_wrote_of_other_photographs(folder, tmp_p
     assert {Path(n).with_suffix("").as_posix() for n in images["image"][images["verdict"] != "unreadable"]} == finished
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"a,b\n1\n1,2,3\n", b"image,verdict\nx.png,ok\n"])
+def test_a_foreign_table_costs_no_result(folder, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    for name in ("images.csv", "defects.csv"):
+        (tmp_path / "out" / name).write_bytes(content)
+    table = predict_files(predictor_of(Threshold()), folder, tmp_path / "out", progress=False)
+    assert read_table(tmp_path / "out" / "images.csv", text=("image", "reason")).equals(table)
+
+
 def test_results_within_the_folder_are_no_photographs(folder):
     predictor = predictor_of(Threshold())
     first = predict_files(predictor, folder, folder / "found", progress=False)

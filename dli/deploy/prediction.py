@@ -168,6 +168,17 @@ def result_row(
 TABLES = {"images.csv": ["image", "verdict", "reason"], "defects.csv": ["image", *DEFECT]}
 
 
+def read_before(
+    path: Path,  # of a table
+) -> pd.DataFrame:  # empty: there is none, or it is another file than `predict_files` writes
+    "What an earlier call wrote."
+    try:
+        before = read_table(path, text=("image", "reason", "class"))
+    except (OSError, ValueError):
+        before = pd.DataFrame()
+    return before if list(before) == TABLES[path.name] else pd.DataFrame(columns=TABLES[path.name])
+
+# %% ../../nbs/75_prediction.ipynb #702a5f56
 class Results:
     "The rows of the tables while photographs are predicted."
     def __init__(self):
@@ -180,11 +191,10 @@ class Results:
         "Write both tables. What an earlier call wrote of other photographs stays, as their masks do."
         names = {row["image"] for row in self.images}
         for file, rows in (("images.csv", self.images), ("defects.csv", self.defects)):
-            table = pd.DataFrame(rows, columns=TABLES[file])
-            if (out / file).is_file():
-                before = read_table(out / file, text=("image", "reason", "class"))
-                if list(before) == TABLES[file] and not (kept := before[~before["image"].isin(names)]).empty:
-                    table = pd.concat([kept, table], ignore_index=True) if rows else kept
+            table, before = pd.DataFrame(rows, columns=TABLES[file]), read_before(out / file)
+            kept = before[~before["image"].isin(names)]
+            if not kept.empty:
+                table = pd.concat([kept, table], ignore_index=True) if rows else kept
             write_whole(out / file, csv_bytes(table))
 
 # %% ../../nbs/75_prediction.ipynb #eb89f507

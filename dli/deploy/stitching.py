@@ -122,7 +122,7 @@ def join_claims(
                   pieces[0].width)
 
 # %% ../../nbs/70_stitching.ipynb #9ceaeb6d
-def find_regions(
+def connect_runs(
     claims: Claims,  # of a class, n of them, at least one
 ) -> tuple[np.ndarray, np.ndarray]:  # int (R,): the first claim of each run, rising; int (R,): the region of each run
     "The connected regions of a class, from 0 in the order of their first pixels; corners connect."
@@ -145,7 +145,7 @@ def drop_small_claims(
     "The claims without regions of fewer pixels."
     if area <= 1 or not len(claims.place):
         return claims
-    starts, regions = find_regions(claims)
+    starts, regions = connect_runs(claims)
     lengths = np.diff(starts, append=len(claims.place))
     large = np.bincount(regions, lengths) >= area
     return claims[np.repeat(large[regions], lengths)]
@@ -182,7 +182,7 @@ def find_defects(
     "The connected regions of a class."
     if not len(claims.place):
         return []
-    starts, regions = find_regions(claims)
+    starts, regions = connect_runs(claims)
     lengths = np.diff(starts, append=len(claims.place))
     rows, columns = np.divmod(claims.place[starts], claims.width)
     count = regions.max() + 1
